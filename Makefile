@@ -1,0 +1,44 @@
+# Each target does all the set-up it needs: `make demo` and `make test` work in a fresh clone.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+SOURCES := ib_analysis kernels data tests
+
+# uv does not read PIP_FIND_LINKS, and separates by commas what pip separates by spaces.
+comma := ,
+empty :=
+space := $(empty) $(empty)
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# PyTorch comes first: a local wheel if pip knows one, then the build for this machine's driver, then whatever the index has.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip install --quiet --no-index --no-deps $(TORCH) \
+		|| VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --torch-backend=auto $(TORCH) \
+		|| $(BIN)/python -m pip install $(TORCH)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -c constraints.txt -e ".[dev,notebooks]"
+	touch $(READY)
+
+demo: setup
+	$(BIN)/ib-analysis demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
