@@ -266,6 +266,7 @@ def _refine(
     unit = max(1, int(np.gcd.reduce(added)))
     spare, remainder = divmod(limit - int(minimum.sum()), unit)
     # The last column counts the unused bytes, in units; where one already exceeds the excess, its price may be capped.
+    # An inequality without this column is solved faster, but HiGHS then often prints debugging lines to stdout.
     objective = np.append(bound.reduced[kept], min(bound.price * unit, 2 * bound.excess)) / bound.excess
     objective[:-1] += group == 0  # a constant, so that HiGHS' relative gap is an absolute one
     columns = np.arange(len(kept))

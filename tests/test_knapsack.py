@@ -163,6 +163,19 @@ def test_larger_instances_reach_the_gap_at_any_scale(scale: float, share: float)
     assert solution.dual_bound <= exact.loss * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_refinement_that_stops_early_is_certified(seed: int) -> None:
+    instance = heads(20, 40, seed)
+    limit = int(0.1 * sum(cost.max() for cost in instance.costs))
+    greedy = solve(instance.losses, instance.costs, limit, gap=np.inf)
+    refined = solve(instance.losses, instance.costs, limit, gap=0.9 * greedy.gap)
+    exact = solve(instance.losses, instance.costs, limit, gap=0)
+    assert refined.gap <= 0.9 * greedy.gap
+    assert refined.dual_bound <= exact.loss * (1 + 1e-12)
+    assert exact.loss <= refined.loss * (1 + 1e-12)
+    assert refined.loss <= greedy.loss
+
+
 def test_an_offset_changes_no_choice() -> None:
     instance = heads(60, 40, seed=2)
     limit = int(0.3 * sum(cost.max() for cost in instance.costs))

@@ -1,0 +1,213 @@
+"""An allocation: what every layer and KV head keeps, with the evidence for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.attention import use_attention
+from ib_analysis.cache import CompressedCache
+from ib_analysis.calibration import Replays
+from ib_analysis.episodes import make_episodes
+from ib_analysis.errors import BudgetError, ProfileMismatchError
+from ib_analysis.files import read_sealed_json, sealed_json, write_whole
+from ib_analysis.measurement import Measurement, measure_plans
+from ib_analysis.plan import Pinned, Plans, plans_nbytes
+from ib_analysis.profile import check_fingerprint, plan_from_json
+from ib_analysis.scorers import SCORERS
+from ib_analysis.shape import CacheShape, LayerShape
+from ib_analysis.tasks import Prompt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+VERSION = 1
+LONGEST = 8  # budgets are checked up to this many times the calibrated context length
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What every layer and KV head keeps within a budget. Information is in bits per predicted token.
+
+    Build one with `optimal_allocation`. `plans` has a row of head plans for each layer, None for a layer at full precision.
+    """
+
+    model: str  # fingerprint of the model's config
+    shape: CacheShape
+    plans: Plans
+    pinned: Pinned
+    scorer: str
+    context_length: int  # of the prompts that it was calibrated on
+    budget_share: float  # of the full 16-bit cache
+    source: str  # how the plans were found
+    predicted_loss_bits: float  # sum of the heads' measured losses
+    dual_bound: float  # no allocation within the budget has a smaller predicted loss
+    validation: Measurement | None  # on prompts that were not used to choose
+    budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, predicted loss in bits)
+
+    @property
+    def solver_gap(self) -> float:
+        """How far the predicted loss is above the bound, relative to it."""
+        return max(0.0, self.predicted_loss_bits - self.dual_bound) / max(self.predicted_loss_bits, 1e-12)
+
+    @property
+    def model_error(self) -> float:
+        """Measured loss divided by predicted loss; NaN if nothing was measured or nothing is lost."""
+        if self.validation is None or self.predicted_loss_bits <= 0:
+            return float("nan")
+        return self.validation.loss_bits / self.predicted_loss_bits
+
+    @property
+    def retained_bits(self) -> float:
+        """Information about the next token that the cache retains, measured on the validation prompts."""
+        return float("nan") if self.validation is None else self.validation.retained_bits
+
+    @property
+    def retained_share(self) -> float:
+        """Of the information that the full cache carries, the share that is retained; negative if it misleads."""
+        return float("nan") if self.validation is None else self.validation.retained_share
+
+    def nbytes(self, context_length: int) -> int:
+        """Exact bytes of one sequence's cache at a length in tokens, sliding-window layers left out."""
+        if self.is_full:
+            return context_length * self.shape.bytes_per_token
+        return int(plans_nbytes(self.shape, self.plans, self.pinned, int(context_length)))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is compressed."""
+        return all(row is None for row in self.plans)
+
+    @property
+    def minimum_context(self) -> int:
+        """The shortest length from which on the cache stays within the budget."""
+        return minimum_context(self.shape, self.plans, self.pinned, self.budget_share, self.context_length)
+
+    def cache(self, model: PreTrainedModel) -> CompressedCache:
+        """An empty cache for `model.generate(..., past_key_values=...)`; switches the model to our attention function.
+
+        Raises ProfileMismatchError if the allocation is for another model.
+        """
+        check_fingerprint(self.model, model.config, "allocation")
+        use_attention(model)
+        return CompressedCache(self.shape, self.plans, self.pinned, SCORERS[self.scorer])
+
+    def table(self) -> pd.DataFrame:
+        """One row for each tier of each head: format, share of tokens, bits, bytes at the calibrated context length."""
+        tokens = self.pinned.compressible(self.context_length)
+        rows = []
+        for i, layer in enumerate(self.plans):
+            for h, plan in enumerate(layer or ()):
+                nbytes = plan.nbytes(tokens, self.shape.layers[i].head_dim)
+                for t, tier in enumerate(plan.tiers):
+                    rows.append((i, h, t, plan.format, tier.share, tier.key_bits, tier.value_bits, nbytes))
+                if not plan.tiers:
+                    rows.append((i, h, 0, "evicted", 0.0, 0, 0, 0))
+        columns = ["layer", "head", "tier", "format", "token_share", "key_bits", "value_bits", "head_bytes"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def curve(self) -> pd.DataFrame:
+        """Predicted loss at every budget, from the same profile: columns budget_share, predicted_loss_bits."""
+        return pd.DataFrame(list(self.budget_curve), columns=["budget_share", "predicted_loss_bits"])
+
+    def plot(self) -> Axes:
+        """A heatmap of effective bits per element, layer by head."""
+        from ib_analysis.figures.allocation import draw_allocation
+
+        return draw_allocation(self)
+
+    def validate(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Prompt | str | Tensor],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        question_aware: bool = True,
+        seed: int = 1,
+    ) -> Allocation:
+        """The same allocation with its loss measured on `prompts`, which should not be those of the calibration."""
+        check_fingerprint(self.model, model.config, "allocation")
+        episodes = make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
+        replays = Replays(model, self.shape, self.pinned, self.scorer, episodes)
+        return replace(self, validation=measure_plans(replays, [self.plans])[0])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text with a schema version and a checksum; with `path` it is also written there."""
+        content = {"schema": VERSION, **asdict(self)}
+        content["shape"] = [asdict(layer) for layer in self.shape.layers]
+        text = sealed_json(_finite(content))
+        if path is not None:
+            write_whole(Path(path), lambda partial: partial.write_text(text) and None)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Allocation:
+        """Reads the text, or the file, that `to_json` wrote.
+
+        Raises CorruptFileError if it was cut or edited, ProfileMismatchError for another schema version.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text()
+        content = read_sealed_json(text, "the allocation" if is_text else str(source))
+        if content.pop("schema", None) != VERSION:
+            raise ProfileMismatchError(f"the allocation has another schema version than {VERSION}: optimise again")
+        return cls(
+            **{
+                **content,
+                "shape": CacheShape(tuple(LayerShape(**layer) for layer in content["shape"])),
+                "plans": tuple(
+                    None if row is None else tuple(plan_from_json(plan) for plan in row) for row in content["plans"]
+                ),
+                "pinned": Pinned(**content["pinned"]),
+                "validation": Measurement.from_json(content["validation"]),
+                "budget_curve": tuple((share, loss) for share, loss in content["budget_curve"]),
+            }
+        )
+
+    def __str__(self) -> str:
+        length = self.context_length
+        lines = [
+            f"{self.source}: {self.budget_share:.4g} of the 16-bit cache, {self.nbytes(length):,} bytes at {length} tokens "
+            f"(from {self.minimum_context} tokens on)",
+            f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
+            f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
+            f"predicted loss {self.predicted_loss_bits:.4g} bits per token, dual bound {self.dual_bound:.4g}, "
+            f"solver gap {self.solver_gap:.1e}",
+        ]
+        if self.validation is not None:
+            lines.append(f"measured: {self.validation}, model error {self.model_error:.2f}")
+        sliding = [i for i, layer in enumerate(self.shape.layers) if layer.sliding_window]
+        if sliding:
+            lines.append(f"layers {sliding} have a sliding window and stay at full precision")
+        return "\n".join([*lines, self.table().to_string(index=False)])
+
+
+def minimum_context(shape: CacheShape, plans: Plans, pinned: Pinned, share: float, context_length: int) -> int:
+    """The shortest length from which on the cache stays within `share` of the full 16-bit cache.
+
+    Checked up to eight times the context length; beyond, the fixed costs are an ever smaller share.
+    Raises BudgetError if the cache does not fit even there.
+    """
+    if all(row is None for row in plans):
+        return 1
+    lengths = np.arange(1, LONGEST * context_length + 1)
+    over = np.flatnonzero(plans_nbytes(shape, plans, pinned, lengths) > share * shape.bytes_per_token * lengths)
+    if len(over) and over[-1] == len(lengths) - 1:
+        raise BudgetError(f"the plans exceed {share:.4g} of the full cache even at {len(lengths)} tokens")
+    return int(lengths[over[-1]]) + 1 if len(over) else 1
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no infinities or NaN: they become null."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not np.isfinite(content) else content

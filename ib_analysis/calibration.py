@@ -1,0 +1,175 @@
+"""Calibration: the gradient proposes what every option costs, then the options that the solver chooses are measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ib_analysis.episodes import Episode
+from ib_analysis.errors import CalibrationError
+from ib_analysis.options import head_options
+from ib_analysis.plan import HeadPlan, Pinned, Plans
+from ib_analysis.pricing import gradient_prices
+from ib_analysis.profile import Profile, model_fingerprint
+from ib_analysis.replay import PlansToTry, Replay
+from ib_analysis.scorers import SCORERS
+from ib_analysis.shape import CacheShape, cache_shape
+
+MOST_ROUNDS = 200
+SAVE_EVERY = 8  # prompts
+KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
+PINNED_SHARE = 1 / 4  # of the budget, at most
+MOST_SINKS, MOST_WINDOW, MOST_FLUSH = 4, 32, 16
+
+
+class Replays:
+    """Episodes ready to be replayed. Their contexts are kept while memory lasts."""
+
+    def __init__(
+        self, model: PreTrainedModel, shape: CacheShape, pinned: Pinned, scorer: str, episodes: Sequence[Episode]
+    ) -> None:
+        self.episodes = episodes
+        self._make: Callable[[Episode], Replay] = lambda episode: Replay(model, shape, pinned, SCORERS[scorer], episode)
+        self._kept: dict[int, Replay] = {}
+        self._kept_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __iter__(self) -> Iterator[Replay]:
+        for i, episode in enumerate(self.episodes):
+            replay = self._kept.get(i)
+            if replay is None:
+                replay = self._make(episode)
+                if self._kept_bytes + replay.nbytes <= KEPT_BYTES:
+                    self._kept[i] = replay
+                    self._kept_bytes += replay.nbytes
+            yield replay
+
+    def measure(self, tried: Sequence[PlansToTry], show: str = "") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar."""
+        rows = [replay.measure(tried) for replay in tqdm(self, desc=show, disable=not show, leave=False)]
+        return (
+            torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
+            torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),
+        )
+
+
+def pinned_for(share: float, context_length: int) -> Pinned:
+    """Sinks and window that take at most a quarter of a budget, at most 4 and 32 tokens. At least one token each."""
+    tokens = int(PINNED_SHARE * share * context_length)
+    sinks = min(MOST_SINKS, max(1, tokens // 4))
+    flush = min(MOST_FLUSH, max(1, tokens // 4))
+    return Pinned(sinks, min(MOST_WINDOW, max(1, tokens - sinks - flush + 1)), flush)
+
+
+def null_plans(shape: CacheShape) -> Plans:
+    """Every compressible token evicted."""
+    nothing = HeadPlan("rotated")
+    return tuple(None if layer.sliding_window else (nothing,) * layer.kv_heads for layer in shape.layers)
+
+
+def calibrate(
+    replays: Replays,
+    model: PreTrainedModel,
+    pinned: Pinned,
+    scorer: str,
+    *,
+    settings: dict[str, Any],
+    seed: int = 0,
+    path: Path | None = None,
+) -> Profile:
+    """A profile with gradient prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
+
+    `settings` say how the prompts were made; a file with other settings is overwritten.
+    """
+    profile = _new_profile(replays, model, pinned, scorer, settings | {"seed": seed})
+    if path is not None and path.exists():
+        found = Profile.load(path)
+        if (found.model, found.settings, found.options) == (profile.model, profile.settings, profile.options):
+            profile = found
+    for number, replay in enumerate(tqdm(replays, desc="pricing", leave=False)):
+        if number < profile.priced:
+            continue
+        generator = torch.Generator(device=model.device).manual_seed(seed * 1_000_003 + number)
+        prices = gradient_prices(replay, profile.options, generator).cpu().numpy()
+        if not np.isfinite(prices).all():
+            raise CalibrationError(f"gradients are not finite on prompt {number} ({replay.episode.task})")
+        profile.loss_bits += (prices - profile.loss_bits) / (number + 1)
+        profile.priced = number + 1
+        if path is not None and profile.priced % SAVE_EVERY == 0:
+            profile.save(path)
+    return profile
+
+
+def _new_profile(
+    replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, settings: dict[str, Any]
+) -> Profile:
+    shape = cache_shape(model.config)
+    options = tuple(head_options())
+    size = (len(shape.heads), len(options))
+    digest = hashlib.sha256()
+    for episode in replays.episodes:
+        digest.update(str((episode.prefill.tolist(), episode.followup.tolist())).encode())
+    return Profile(
+        model=model_fingerprint(model.config),
+        shape=shape,
+        pinned=pinned,
+        scorer=scorer,
+        context_length=int(np.median([len(episode.prefill) for episode in replays.episodes])),
+        prompts=len(replays),
+        settings=settings | {"prompts": digest.hexdigest()[:16]},
+        options=options,
+        loss_bits=np.zeros(size),
+        error_bits=np.full(size, np.inf),
+        measured=np.zeros(size, dtype=bool),
+    )
+
+
+def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path: Path | None = None) -> int:
+    """Lazy measurement: solve, measure the chosen options that are not measured yet, until all of them are.
+
+    Returns the number of measurements. Raises CalibrationError if the choices do not settle in 200 rounds.
+    """
+    count = 0
+    with tqdm(desc="measuring options", leave=False) as progress:
+        for _ in range(MOST_ROUNDS):
+            chosen = {
+                (head, option)
+                for limit in limits_bytes
+                for head, option in enumerate(profile.solve(limit).choice.tolist())
+                if not profile.measured[head, option]
+            }
+            if not chosen:
+                return count
+            measure_options(profile, replays, sorted(chosen))
+            count += len(chosen)
+            progress.update(len(chosen))
+            if path is not None:
+                profile.save(path)
+    raise CalibrationError(f"the chosen options did not settle in {MOST_ROUNDS} rounds: pass more prompts")
+
+
+def measure_options(profile: Profile, replays: Replays, pairs: Sequence[tuple[int, int]]) -> None:
+    """Measures (head, option) pairs, each with all other heads left as they are, and enters the prices."""
+    kl_bits, _ = replays.measure([_single_head(profile, head, option) for head, option in pairs])
+    errors = kl_bits.std(0, ddof=1) / np.sqrt(len(kl_bits)) if len(kl_bits) > 1 else np.full(len(pairs), np.inf)
+    for (head, option), loss, error in zip(pairs, kl_bits.mean(0), errors):
+        profile.record(head, option, float(loss), float(error))
+
+
+def _single_head(profile: Profile, head: int, option: int) -> PlansToTry:
+    layer, kv_head = profile.shape.heads[head]
+    rows: list[list[HeadPlan | None] | None] = [None] * len(profile.shape.layers)
+    row: list[HeadPlan | None] = [None] * profile.shape.layers[layer].kv_heads
+    row[kv_head] = profile.options[option]
+    rows[layer] = row
+    return rows

@@ -1,0 +1,166 @@
+"""Prompts as the model meets them: what is compressed, what follows, and next tokens sampled from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.errors import CalibrationError
+from ib_analysis.tasks import Prompt
+
+MOST_SAMPLED = 64  # tokens sampled for one turn
+BATCH_TOKENS = 16384  # prompts are sampled together up to this many tokens
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt: `prefill` is seen first and its cache compressed, `followup` is then read from the compressed cache.
+
+    The follow-up begins with the last prompt token, so that no prediction comes from the uncompressed prefill.
+    """
+
+    task: str
+    prefill: Tensor  # int64 [N]
+    followup: Tensor  # int64 [M]
+    predicting: Tensor  # int64 [Y], positions in the follow-up that predict a sampled token
+    asked: Tensor  # int64 [A], positions in the follow-up that predict the first token of a known answer
+    answers: Tensor  # int64 [A], that token
+
+
+@dataclass
+class _Draft:
+    """A prompt while its turns are sampled."""
+
+    task: str
+    context: list[int]
+    turns: list[tuple[list[int], list[int]]]  # (question, answer or a text's own continuation)
+    known: bool  # whether the answers are known to be right
+    sampled: list[list[int]]
+
+    @property
+    def so_far(self) -> list[int]:
+        ids = list(self.context)
+        for (question, _), sample in zip(self.turns, self.sampled):
+            ids += question + sample
+        return ids
+
+
+def make_episodes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Prompt | str | Tensor],
+    *,
+    question_aware: bool = True,
+    seed: int = 0,
+) -> list[Episode]:
+    """Tokenizes prompts and samples every turn's answer from the full model at temperature 1.
+
+    A text, or a 1-D tensor of token ids, is split: its last 64 tokens, at most an eighth, give way to sampled ones. With
+    `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
+    Raises CalibrationError if there are no prompts, or if one is too short to be split.
+    """
+    if len(prompts) == 0:
+        raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
+    drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for turn in range(max(len(draft.turns) for draft in drafts)):
+        asking = [draft for draft in drafts if turn < len(draft.turns)]
+        asking.sort(key=lambda draft: len(draft.so_far))
+        for batch in _batches(asking, turn):
+            inputs = [draft.so_far + draft.turns[turn][0] for draft in batch]
+            steps = max(_sample_length(draft, turn) for draft in batch)
+            for draft, sample in zip(batch, _sample(model, inputs, steps, generator).tolist()):
+                draft.sampled.append(sample[: _sample_length(draft, turn)])
+    return [_episode(draft, question_aware, model.device) for draft in drafts]
+
+
+def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | None, number: int) -> _Draft:
+    if isinstance(prompt, Prompt):
+        if tokenizer is None:
+            raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
+        context = tokenizer(prompt.context).input_ids
+        turns = [
+            (_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns
+        ]
+        return _Draft(prompt.task, context, turns, prompt.chance > 0, [])
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
+        ids = list(tokenizer(prompt).input_ids)
+    elif isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
+        ids = prompt.tolist()
+    else:
+        raise CalibrationError(f"prompt {number} is {type(prompt).__name__}: pass a text, a 1-D integer tensor or a Prompt")
+    tail = min(MOST_SAMPLED, len(ids) // 8)
+    if tail == 0:
+        raise CalibrationError(f"prompt {number} has {len(ids)} tokens: at least 8 are needed, hundreds are useful")
+    return _Draft("text", ids[:-tail], [([], ids[-tail:])], False, [])
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+
+def _sample_length(draft: _Draft, turn: int) -> int:
+    return min(MOST_SAMPLED, len(draft.turns[turn][1]))
+
+
+def _batches(drafts: list[_Draft], turn: int) -> list[list[_Draft]]:
+    """Neighbours in length, up to BATCH_TOKENS a batch."""
+    batches: list[list[_Draft]] = [[]]
+    for draft in drafts:
+        if (len(batches[-1]) + 1) * len(draft.so_far) > BATCH_TOKENS and batches[-1]:
+            batches.append([])
+        batches[-1].append(draft)
+    return batches
+
+
+@torch.no_grad()
+def _sample(model: PreTrainedModel, inputs: list[list[int]], steps: int, generator: torch.Generator) -> Tensor:
+    """Tokens [B, steps] sampled at temperature 1 after each input."""
+    longest = max(map(len, inputs))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in inputs], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=model.device)
+    cache = DynamicCache(config=model.config)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    sampled = []
+    for _ in range(steps):
+        logits = model(
+            ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+        ).logits[:, -1]
+        if not bool(torch.isfinite(logits).all()):
+            raise CalibrationError("the model's logits are not finite: check its weights and dtype")
+        ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        sampled.append(ids)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        position = position[:, -1:] + 1
+    return torch.cat(sampled, dim=1)
+
+
+def _episode(draft: _Draft, question_aware: bool, device: torch.device) -> Episode:
+    everything = draft.so_far
+    seen = len(draft.context)
+    if question_aware or not draft.turns[0][0]:
+        seen += len(draft.turns[0][0]) - 1  # the last prompt token is read from the compressed cache
+    predicting, asked, answers = [], [], []
+    position = len(draft.context)
+    for (question, answer), sample in zip(draft.turns, draft.sampled):
+        position += len(question)
+        predicting += [position + i - 1 - seen for i in range(len(sample))]
+        if draft.known:
+            asked.append(position - 1 - seen)
+            answers.append(answer[0])
+        position += len(sample)
+    ids = torch.tensor(everything, device=device)
+    return Episode(
+        draft.task,
+        ids[:seen],
+        ids[seen:-1],
+        torch.tensor(predicting, device=device),
+        torch.tensor(asked, dtype=torch.int64, device=device),
+        torch.tensor(answers, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,79 @@
+"""Files that are whole or absent, and that say so when they have been cut or edited."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ib_analysis.errors import CorruptFileError
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sealed_json(content: dict[str, Any]) -> str:
+    """JSON text of `content` with a checksum."""
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def read_sealed_json(text: str, name: str) -> dict[str, Any]:
+    """The content of `sealed_json`. Raises CorruptFileError if the text was cut or edited."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(f"{name} is no complete JSON ({error}): write it again") from error
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise CorruptFileError(f"{name} was changed after it was written (its checksum is wrong): write it again")
+    return content
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """A safetensors file whose metadata holds `header` and a checksum of everything."""
+    seal = sealed_json({**header, "tensors": _digests(tensors)})
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"header": seal}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of `save_tensors`. Raises CorruptFileError if the file was cut or edited."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise CorruptFileError(f"{path} is no complete safetensors file ({error}): write it again") from error
+    if "header" not in metadata:
+        raise CorruptFileError(f"{path} was not written by this package: it has no header")
+    header = read_sealed_json(metadata["header"], str(path))
+    if header.pop("tensors", None) != _digests(tensors):
+        raise CorruptFileError(f"the tensors of {path} were changed after they were written: write it again")
+    return tensors, header
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in sorted(tensors.items())
+    }

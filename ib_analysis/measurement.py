@@ -1,0 +1,118 @@
+"""Measured information of a compressed cache, with intervals over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ib_analysis.calibration import Replays, null_plans
+from ib_analysis.plan import Plans
+
+RESAMPLES = 2000
+LEVEL = 95  # percent
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss and information in bits per predicted token, means over prompts; intervals at 95% by bootstrap over prompts.
+
+    loss = E KL(p || r), p the full model and r the compressed one. information = E KL(p || p_null), p_null the model with
+    all compressible tokens evicted. What is retained is their difference: a lower bound, up to calibration of r, on what
+    the compressed cache says about the next token. It is negative if the compressed cache misleads.
+    """
+
+    prompts: int
+    loss_bits: float
+    loss_interval_bits: tuple[float, float]
+    information_bits: float
+    accuracy: float | None  # share of known answers whose first token is the most likely one; None if none is known
+    full_accuracy: float | None  # of the full cache
+
+    @property
+    def retained_bits(self) -> float:
+        return self.information_bits - self.loss_bits
+
+    @property
+    def retained_share(self) -> float:
+        return self.retained_bits / self.information_bits if self.information_bits > 0 else float("nan")
+
+    def __str__(self) -> str:
+        low, high = self.loss_interval_bits
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f} (full {self.full_accuracy:.3f})"
+        return (
+            f"retains {self.retained_bits:.3f} of {self.information_bits:.3f} bits per token "
+            f"({self.retained_share:.1%}), loses {self.loss_bits:.4f} [{low:.4f}, {high:.4f}]{accuracy}"
+        )
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any] | None) -> Measurement | None:
+        if content is None:
+            return None
+        low, high = content["loss_interval_bits"]
+        return cls(**{**content, "loss_interval_bits": (low, high)})
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The raw measurement of several plans on the same prompts."""
+
+    kl_bits: NDArray[np.float64]  # [episodes, plans]
+    accuracy: NDArray[np.float64]  # [episodes, plans], NaN where no answer is known
+    information_bits: NDArray[np.float64]  # [episodes]
+    full_accuracy: NDArray[np.float64]  # [episodes]
+
+    def measurement(self, plan: int) -> Measurement:
+        """The summary of one of the plans."""
+        losses = self.kl_bits[:, plan]
+        return Measurement(
+            prompts=len(losses),
+            loss_bits=float(losses.mean()),
+            loss_interval_bits=bootstrap_interval(losses),
+            information_bits=float(self.information_bits.mean()),
+            accuracy=_mean_of_known(self.accuracy[:, plan]),
+            full_accuracy=_mean_of_known(self.full_accuracy),
+        )
+
+    def ratio_interval(self, plan: int, other: int) -> tuple[float, float, float]:
+        """Mean loss of `plan` over that of `other`: (ratio, low, high), a paired bootstrap over prompts at 95%."""
+        draws = _draws(len(self.kl_bits))  # [R, episodes]
+        ratios = self.kl_bits[draws, plan].mean(1) / self.kl_bits[draws, other].mean(1)
+        low, high = np.percentile(ratios, _percentiles())
+        return float(self.kl_bits[:, plan].mean() / self.kl_bits[:, other].mean()), float(low), float(high)
+
+
+def sample_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> Sample:
+    """Measures plans, the null point and the full cache on every prompt."""
+    layers = len(next(iter(replays)).shape.layers)
+    tried = [*plans, null_plans(next(iter(replays)).shape), (None,) * layers]
+    kl_bits, accuracy = replays.measure(tried, show)
+    return Sample(kl_bits[:, :-2], accuracy[:, :-2], kl_bits[:, -2], accuracy[:, -1])
+
+
+def measure_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> list[Measurement]:
+    """The measurement of each plan."""
+    sample = sample_plans(replays, plans, show)
+    return [sample.measurement(i) for i in range(len(plans))]
+
+
+def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95% interval of the mean, resampling prompts."""
+    low, high = np.percentile(values[_draws(len(values))].mean(1), _percentiles())
+    return float(low), float(high)
+
+
+def _draws(count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+
+
+def _percentiles() -> tuple[float, float]:
+    return (100 - LEVEL) / 2, (100 + LEVEL) / 2
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,237 @@
+"""From a model and a budget to an allocation: calibrate, choose, refine, and let held-out prompts decide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.allocation import Allocation, minimum_context
+from ib_analysis.budget import Budget
+from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
+from ib_analysis.episodes import Episode, make_episodes
+from ib_analysis.errors import BudgetError, CalibrationError
+from ib_analysis.knapsack import curve
+from ib_analysis.measurement import sample_plans
+from ib_analysis.plan import HeadPlan, Pinned, Plans
+from ib_analysis.policies.optimal import optimal, refine
+from ib_analysis.policies.uniform import uniform_grid
+from ib_analysis.profile import Profile, model_fingerprint
+from ib_analysis.replay import PlansToTry
+from ib_analysis.shape import CacheShape, cache_shape
+from ib_analysis.tasks.mixture import mixture
+
+PROMPTS = 64  # for calibration; half as many more decide between allocations
+FEW_PROMPTS = 32
+PROMPT_LENGTH = 512
+TIGHTEN = 0.995
+MOST_TIGHTENINGS = 40
+
+Prompts = Sequence["Prompt | str | Tensor"]  # type: ignore[name-defined]  # noqa: F821
+
+
+@dataclass(eq=False)
+class Workbench:
+    """A calibrated model: what one calibration leaves for allocations at any budget."""
+
+    model: PreTrainedModel
+    profile: Profile
+    calibration: Replays
+    validation: Replays
+    path: Path | None
+
+
+def optimal_allocation(
+    model: PreTrainedModel,
+    budget: Budget | float,
+    *,
+    prompts: Prompts | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scorer: str = "value_aware",
+    question_aware: bool = True,
+    seed: int = 0,
+    profile_path: str | Path | None = None,
+) -> Allocation:
+    """The allocation of tokens and bits to layers and KV heads that retains most information within `budget`.
+
+    Args:
+        model: a decoder with transformers' attention interface; measure in float32 if you can.
+        budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included.
+        prompts: texts, 1-D tensors of token ids, or `Prompt`s; a third of them decide, the others calibrate. By default
+            96 of the package's own.
+        tokenizer: for prompts that are text; by default the one saved with the model.
+        scorer: a name in SCORERS.
+        question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again.
+
+    Raises BudgetError, CalibrationError, UnsupportedModelError, ProfileMismatchError.
+    """
+    budget = Budget.of(budget)
+    shape = cache_shape(model.config)
+    if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
+        return full_allocation(model, shape, scorer)
+    episodes = _episodes(model, prompts, tokenizer, question_aware, seed)
+    length = int(np.median([len(episode.prefill) for episode in episodes]))
+    share = budget.as_share(shape.bytes_per_token, length)
+    bench = prepare(
+        model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
+    )
+    return allocate(bench, share)
+
+
+def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> Allocation:
+    """Nothing is compressed: the whole budget."""
+    return Allocation(
+        model=model_fingerprint(model.config),
+        shape=shape,
+        plans=(None,) * len(shape.layers),
+        pinned=pinned_for(1.0, PROMPT_LENGTH),
+        scorer=scorer,
+        context_length=PROMPT_LENGTH,
+        budget_share=1.0,
+        source="full cache",
+        predicted_loss_bits=0.0,
+        dual_bound=0.0,
+        validation=None,
+    )
+
+
+def prepare(
+    model: PreTrainedModel,
+    episodes: Sequence[Episode],
+    smallest_share: float,
+    *,
+    scorer: str = "value_aware",
+    question_aware: bool = True,
+    seed: int = 0,
+    profile_path: str | Path | None = None,
+) -> Workbench:
+    """Calibrates for budgets from `smallest_share` up. A third of the episodes is kept for decisions."""
+    shape = cache_shape(model.config)
+    length = int(np.median([len(episode.prefill) for episode in episodes]))
+    pinned = pinned_for(smallest_share, length)
+    _check_lengths(episodes, pinned)
+    deciding, calibrating = list(episodes[2::3]), [episode for i, episode in enumerate(episodes) if i % 3 != 2]
+    if not deciding:
+        raise CalibrationError(f"{len(episodes)} prompts cannot be split: pass 3 or more, 96 are a good number")
+    if len(calibrating) < FEW_PROMPTS:
+        warnings.warn(
+            f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
+            stacklevel=2,
+        )
+    path = None if profile_path is None else Path(profile_path)
+    calibration = Replays(model, shape, pinned, scorer, calibrating)
+    profile = calibrate(
+        calibration,
+        model,
+        pinned,
+        scorer,
+        settings={"question_aware": question_aware},
+        seed=seed,
+        path=path,
+    )
+    return Workbench(model, profile, calibration, Replays(model, shape, pinned, scorer, deciding), path)
+
+
+def allocate(bench: Workbench, share: float) -> Allocation:
+    """The best allocation within `share` of the full 16-bit cache. Raises BudgetError if nothing fits."""
+    profile = bench.profile
+    limit = _limit(profile, share)
+    verify(profile, bench.calibration, [limit], bench.path)
+    plans, solution = optimal(profile, limit)
+    while minimum_context(profile.shape, plans, profile.pinned, share, profile.context_length) > profile.context_length:
+        limit = int(limit * TIGHTEN)
+        verify(profile, bench.calibration, [limit], bench.path)
+        plans, solution = optimal(profile, limit)
+    refined = profile.plans(refine(profile, bench.calibration, limit, solution.choice))
+    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)
+    sources = ["optimal", "optimal, refined jointly", *["uniform"] * len(cells)]
+    sample = sample_plans(bench.validation, [plans, refined, *cells], show="deciding")
+    best = int(sample.kl_bits.mean(0).argmin())
+    chosen = [plans, refined, *cells][best]
+    path = curve(list(profile.loss_bits), list(profile.nbytes()))
+    pinned_bytes = _pinned_bytes(profile)
+    full_bytes = profile.shape.bytes_per_token * profile.context_length
+    return Allocation(
+        model=profile.model,
+        shape=profile.shape,
+        plans=chosen,
+        pinned=profile.pinned,
+        scorer=profile.scorer,
+        context_length=profile.context_length,
+        budget_share=share,
+        source=sources[best],
+        predicted_loss_bits=solution.loss if best == 0 else predicted_loss_bits(bench, chosen),
+        dual_bound=solution.dual_bound,
+        validation=sample.measurement(best),
+        budget_curve=tuple(
+            ((int(cost) + pinned_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)
+        ),
+    )
+
+
+def predicted_loss_bits(bench: Workbench, plans: Plans) -> float:
+    """Sum over heads of the measured loss of compressing that head alone, on the calibration prompts."""
+    tried: list[PlansToTry] = []
+    for layer, row in enumerate(plans):
+        for h, plan in enumerate(row or ()):
+            heads: list[HeadPlan | None] = [None] * len(row or ())
+            heads[h] = plan
+            tried.append([heads if i == layer else None for i in range(len(plans))])
+    kl_bits, _ = bench.calibration.measure(tried)
+    return float(kl_bits.mean(0).sum())
+
+
+def _episodes(
+    model: PreTrainedModel,
+    prompts: Prompts | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    question_aware: bool,
+    seed: int,
+) -> list[Episode]:
+    if prompts is None:
+        prompts = mixture(f"calibration {seed}", PROMPTS * 3 // 2, PROMPT_LENGTH)
+    needs_tokenizer = any(not isinstance(prompt, Tensor) for prompt in prompts)
+    if needs_tokenizer and tokenizer is None:
+        tokenizer = _saved_tokenizer(model)
+    return make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
+
+
+def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"no tokenizer lies beside the model {model.name_or_path!r}: pass tokenizer=, or prompts as token-id tensors"
+        ) from error
+    return tokenizer
+
+
+def _check_lengths(episodes: Sequence[Episode], pinned: Pinned) -> None:
+    for number, episode in enumerate(episodes):
+        if len(episode.prefill) <= pinned.most:
+            raise CalibrationError(
+                f"prompt {number} has {len(episode.prefill)} tokens before its question, not more than the {pinned.most} "
+                "that are never compressed: pass longer prompts"
+            )
+
+
+def _pinned_bytes(profile: Profile) -> int:
+    return sum(profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible)
+
+
+def _limit(profile: Profile, share: float) -> int:
+    """Bytes of the budget at the calibrated context length. Raises BudgetError, with the minimum, if nothing fits."""
+    full = profile.shape.bytes_per_token * profile.context_length
+    minimum = _pinned_bytes(profile) + int(profile.nbytes().min(1).sum())
+    if share * full < minimum:
+        raise BudgetError(
+            f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {profile.context_length} tokens, but "
+            f"sinks, window and metadata take {minimum:,}: ask for at least {minimum / full:.4g}, or use longer prompts"
+        )
+    return int(share * full)

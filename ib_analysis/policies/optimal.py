@@ -1,0 +1,91 @@
+"""The allocation that loses least: measured prices into the knapsack, then measured moves around the joint solution."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ib_analysis.calibration import Replays
+from ib_analysis.knapsack import Solution, solve
+from ib_analysis.plan import Plans
+from ib_analysis.profile import Profile
+
+NEIGHBOURS = 8  # options of each head that are measured around the joint solution
+ROUNDS = 2
+TINY_BITS = 1e-9
+
+
+def optimal(profile: Profile, limit_bytes: int) -> tuple[Plans, Solution]:
+    """The least sum of prices within the limit."""
+    solution = profile.solve(limit_bytes)
+    return profile.plans(solution.choice), solution
+
+
+def refine(profile: Profile, replays: Replays, limit_bytes: int, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Moves around a joint solution, priced with all other heads compressed as they are in it.
+
+    In each round, every head's most promising options by reduced cost are measured in place of the chosen one, and the
+    knapsack is solved again with these prices. A round that does not lower the measured loss ends it. The interaction
+    between heads, which single-head prices miss, matters most at tight budgets.
+    """
+    nbytes = profile.nbytes()
+    pinned_bytes = sum(
+        profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible
+    )
+    best = choice
+    best_loss = _joint_loss(profile, replays, [best])[0]
+    for _ in range(ROUNDS):
+        pairs = _promising(profile, nbytes, best, limit_bytes)
+        moved = [_with(best, head, option) for head, option in pairs]
+        losses = np.full(profile.loss_bits.shape, np.inf)
+        losses[np.arange(len(best)), best] = best_loss
+        losses[tuple(np.array(pairs).T)] = _joint_loss(profile, replays, moved)
+        solution = solve(list(losses), list(nbytes), limit_bytes - pinned_bytes)
+        feasible = [m for m in moved if nbytes[np.arange(len(m)), m].sum() <= limit_bytes - pinned_bytes]
+        single = min(feasible, key=lambda m: losses[_changed(best, m)], default=best)
+        tried = [solution.choice, single]
+        found = _joint_loss(profile, replays, tried)
+        if found.min() >= best_loss - TINY_BITS:
+            break
+        best, best_loss = tried[int(found.argmin())], float(found.min())
+    return best
+
+
+def _changed(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[int, int]:
+    head = int(np.flatnonzero(before != after)[0])
+    return head, int(after[head])
+
+
+def _joint_loss(profile: Profile, replays: Replays, choices: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """Measured loss in bits per predicted token of each choice, all heads together."""
+    kl_bits, _ = replays.measure([profile.plans(choice) for choice in choices], show="measuring jointly")
+    means: NDArray[np.float64] = kl_bits.mean(0)
+    return means
+
+
+def _promising(
+    profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64], limit_bytes: int
+) -> list[tuple[int, int]]:
+    """(head, option) of the least reduced cost, L + price * bytes, at the price per byte of the chosen solution."""
+    price = _price_per_byte(profile, nbytes, choice)
+    reduced = profile.loss_bits + price * nbytes
+    reduced[np.arange(len(choice)), choice] = np.inf
+    pairs = []
+    for head in range(len(choice)):
+        pairs += [(head, int(option)) for option in np.argsort(reduced[head], kind="stable")[:NEIGHBOURS]]
+    return pairs
+
+
+def _price_per_byte(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> float:
+    """Loss saved per byte by the next step along the hulls, around the bytes that the choice takes."""
+    used = int(nbytes[np.arange(len(choice)), choice].sum())
+    step = max(1, used // 20)
+    lower = solve(list(profile.loss_bits), list(nbytes), max(used - step, int(nbytes.min(1).sum())), gap=0.1)
+    upper = solve(list(profile.loss_bits), list(nbytes), used + step, gap=0.1)
+    return max(0.0, (lower.loss - upper.loss) / max(1, upper.cost - lower.cost))
+
+
+def _with(choice: NDArray[np.int64], head: int, option: int) -> NDArray[np.int64]:
+    moved = choice.copy()
+    moved[head] = option
+    return moved

@@ -1,0 +1,136 @@
+"""The measured table of a model: what each option of each KV head costs in bytes and in bits of information."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedConfig
+
+from ib_analysis.errors import ProfileMismatchError
+from ib_analysis.files import load_tensors, save_tensors
+from ib_analysis.knapsack import Solution, solve
+from ib_analysis.options import dominates
+from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
+from ib_analysis.shape import CacheShape, LayerShape
+
+VERSION = 1
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+@dataclass(eq=False)
+class Profile:
+    """Prices of every option of every head, for caches of `context_length` tokens with these pinned tokens.
+
+    A price is the loss of predictive information in bits per predicted token if only that head is compressed so. It is
+    proposed by the gradient until it is measured; a measured price also lifts those of options that keep less.
+    """
+
+    model: str  # `model_fingerprint`
+    shape: CacheShape
+    pinned: Pinned
+    scorer: str
+    context_length: int
+    prompts: int
+    settings: dict[str, Any]  # how it was calibrated
+    options: tuple[HeadPlan, ...]  # [O]
+    loss_bits: NDArray[np.float64]  # [U, O], U heads in the order of `shape.heads`
+    error_bits: NDArray[np.float64]  # [U, O] standard error over prompts
+    measured: NDArray[np.bool_]  # [U, O]
+    priced: int = 0  # prompts that the gradient has priced so far
+
+    def nbytes(self) -> NDArray[np.int64]:
+        """Bytes [U, O] of each option at the context length, pinned tokens left out."""
+        tokens = self.pinned.compressible(self.context_length)
+        rows = {
+            dim: np.array([option.nbytes(tokens, dim) for option in self.options])
+            for dim in {layer.head_dim for layer in self.shape.layers}
+        }
+        return np.stack([rows[self.shape.layers[layer].head_dim] for layer, _ in self.shape.heads])
+
+    def solve(self, limit_bytes: int) -> Solution:
+        """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included."""
+        pinned_bytes = sum(self.pinned.nbytes(self.context_length, self.shape.layers[i]) for i in self.shape.compressible)
+        return solve(list(self.loss_bits), list(self.nbytes()), limit_bytes - pinned_bytes)
+
+    def plans(self, choice: NDArray[np.int64]) -> Plans:
+        """The plans in which head u has option choice[u]."""
+        rows: list[list[HeadPlan]] = [[] for _ in self.shape.layers]
+        for (layer, _), option in zip(self.shape.heads, choice.tolist()):
+            rows[layer].append(self.options[option])
+        return tuple(tuple(row) if row else None for row in rows)
+
+    def record(self, head: int, option: int, loss_bits: float, error_bits: float) -> None:
+        """Enters a measured price, and lifts the unmeasured prices of options that keep less of that head to it."""
+        self.loss_bits[head, option], self.error_bits[head, option] = loss_bits, error_bits
+        self.measured[head, option] = True
+        for other, plan in enumerate(self.options):
+            if not self.measured[head, other] and dominates(self.options[option], plan):
+                self.loss_bits[head, other] = max(self.loss_bits[head, other], loss_bits)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with a JSON header."""
+        header = {
+            "version": VERSION,
+            "model": self.model,
+            "shape": [asdict(layer) for layer in self.shape.layers],
+            "pinned": asdict(self.pinned),
+            "scorer": self.scorer,
+            "context_length": self.context_length,
+            "prompts": self.prompts,
+            "priced": self.priced,
+            "settings": self.settings,
+            "options": [asdict(option) for option in self.options],
+        }
+        tensors = {
+            name: torch.from_numpy(getattr(self, name).copy()) for name in ("loss_bits", "error_bits", "measured")
+        }
+        save_tensors(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Reads what `save` wrote. Raises CorruptFileError, or ProfileMismatchError for another version."""
+        tensors, header = load_tensors(Path(path))
+        if header.get("version") != VERSION:
+            raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: calibrate again")
+        return cls(
+            model=header["model"],
+            shape=CacheShape(tuple(LayerShape(**layer) for layer in header["shape"])),
+            pinned=Pinned(**header["pinned"]),
+            scorer=header["scorer"],
+            context_length=header["context_length"],
+            prompts=header["prompts"],
+            settings=header["settings"],
+            options=tuple(plan_from_json(option) for option in header["options"]),
+            priced=header["priced"],
+            **{name: tensor.numpy() for name, tensor in tensors.items()},
+        )
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raises ProfileMismatchError if the profile is of another model."""
+        check_fingerprint(self.model, config, "profile")
+
+
+def plan_from_json(content: dict[str, Any]) -> HeadPlan:
+    return HeadPlan(content["format"], tuple(Tier(**tier) for tier in content["tiers"]))
+
+
+def model_fingerprint(config: PreTrainedConfig) -> str:
+    """A hash of all that a config says about the model's shape."""
+    content = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def check_fingerprint(expected: str, config: PreTrainedConfig, what: str) -> None:
+    """Raises ProfileMismatchError if `what` was made for a model with another config."""
+    found = model_fingerprint(config)
+    if found != expected:
+        raise ProfileMismatchError(
+            f"this {what} was made for another model (config {expected}, not {found}): make one for this model"
+        )

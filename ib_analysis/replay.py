@@ -1,0 +1,244 @@
+"""One episode replayed under many plans at once: what a compressed cache would predict, without building each cache.
+
+The prefill does not depend on the plan. So its keys and values are computed once, every plan is applied to them
+(quantized and dequantized, evicted tokens masked), and all plans go through the model as one batch. The result is that
+of `CompressedCache`, up to the rounding of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ib_kernels import partial_attention
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from ib_analysis.attention import AnsweringLayer, causal_mask, finish, full_attention, grouped_attention, use_attention
+from ib_analysis.episodes import Episode
+from ib_analysis.errors import CalibrationError
+from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
+from ib_analysis.plan import HeadPlan, Pinned
+from ib_analysis.scorers import Scorer
+from ib_analysis.shape import CacheShape
+
+PlansToTry = Sequence[Sequence[HeadPlan | None] | None]  # for each layer and head; None is left as it is
+BATCH_ELEMENTS = 2**21  # keys of one layer, over all plans of a batch: few enough to stay in a CPU's cache
+
+
+class ContextLayer(CacheLayerMixin, AnsweringLayer):
+    """Records the context's keys and values [H_kv, N, D] and the scores [H_kv, N] of its tokens."""
+
+    is_sliding = False
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.keys, self.values = key_states, value_states
+        return self, self
+
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]
+    ) -> Tensor:
+        out = full_attention(module, query, self.keys, self.values, mask, scaling, extras)
+        valid = torch.ones(1, self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        self.scores = self.scorer(query, self.keys, self.values, valid, scaling)[0]
+        self.keys, self.values = self.keys[0], self.values[0]
+        return out
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class ReplayLayer(CacheLayerMixin, AnsweringLayer):
+    """Answers from a context's keys and values [A, H_kv, N, D], of which kept [A, H_kv, N] are visible, and the follow-up's own.
+
+    `probe` [1, H, M, D], if given, is added to the output: its gradient is that of the heads' output. After the follow-up
+    the layer has its `query`, `new_keys`, `new_values`, `output`, and how it was computed.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor, length: int, probe: Tensor | None = None) -> None:
+        super().__init__()
+        self.keys, self.values, self.kept, self.length, self.probe = keys, values, kept, length, probe
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.new_keys, self.new_values = key_states, value_states
+        return self, self
+
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]
+    ) -> Tensor:
+        length = query.shape[2]
+        self.query = query
+        context = self._attend_context(query, scaling, extras)
+        own_mask = causal_mask(length, length, query.device)
+        own = grouped_attention(query, self.new_keys, self.new_values, own_mask, scaling, extras)
+        self.scaling, self.extras = scaling, extras
+        self.output = finish([context[0], own[0]], [context[1], own[1]], query, extras)
+        return self.output if self.probe is None else self.output + self.probe
+
+    def _attend_context(self, query: Tensor, scaling: float, extras: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Attention to the context, as `grouped_attention`. Plans that share a context are rows of one product."""
+        batch, _, _, head_dim = query.shape
+        kv_heads = self.keys.shape[1]
+        rows = query.reshape(batch, kv_heads, -1, head_dim)  # [A, H_kv, G * M, D]
+        shared = len(self.keys) == 1
+        runs = rows.transpose(0, 1).reshape(kv_heads, -1, head_dim) if shared else rows.flatten(0, 1)
+        keys, values, visible = self.keys.flatten(0, 1), self.values.flatten(0, 1), self.kept.flatten(0, 1)[:, None]
+        out, lse = partial_attention(runs, keys, values, visible, scaling, extras.get("softcap"))
+        if not shared:
+            return out, lse
+        out, lse = out.unflatten(1, (batch, -1)), lse.unflatten(1, (batch, -1))  # [H_kv, A, G * M, ...]
+        return out.transpose(0, 1).flatten(0, 1), lse.transpose(0, 1).flatten(0, 1)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Replay:
+    """An episode after its prefill, ready to be continued under any plan."""
+
+    def __init__(
+        self, model: PreTrainedModel, shape: CacheShape, pinned: Pinned, scorer: Scorer, episode: Episode
+    ) -> None:
+        use_attention(model)
+        self.model, self.shape, self.pinned, self.episode = model, shape, pinned, episode
+        self.length = len(episode.prefill)
+        self.dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        self.layers: list[CacheLayerMixin] = [
+            DynamicSlidingWindowLayer(sliding_window=layer.sliding_window) if layer.sliding_window else ContextLayer(scorer)
+            for layer in shape.layers
+        ]
+        with torch.no_grad():
+            model(episode.prefill[None], past_key_values=Cache(layers=self.layers), logits_to_keep=1)
+        for i in shape.compressible:
+            layer = self.context(i)
+            if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
+                raise CalibrationError(f"keys or values of layer {i} are not finite on a {episode.task} prompt")
+        full = self._logits([[None] * len(shape.layers)])[0, episode.predicting]
+        self.full_log_probs = full.log_softmax(-1)  # [Y, V], nats
+
+    def context(self, layer: int) -> ContextLayer:
+        found = self.layers[layer]
+        assert isinstance(found, ContextLayer)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the context."""
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers if layer.keys is not None)
+
+    def measure(self, tried: Sequence[PlansToTry]) -> tuple[Tensor, Tensor]:
+        """(KL(full || compressed) in bits per predicted token, accuracy), float64 [A] each, of the plans tried.
+
+        Accuracy is the share of known answers whose first token is the most likely one; NaN if none is known.
+        """
+        full = self.full_log_probs.double()
+        kl_bits, accuracy = [], []
+        for batch in self._batches(tried):
+            logits = self._logits(batch)
+            log_probs = logits[:, self.episode.predicting].double().log_softmax(-1)
+            kl_bits.append((full.exp() * (full - log_probs)).sum(-1).mean(-1) / math.log(2))
+            right = logits[:, self.episode.asked].argmax(-1) == self.episode.answers  # [A, answers]
+            accuracy.append(right.double().mean(-1))
+        return torch.cat(kl_bits), torch.cat(accuracy)
+
+    @torch.no_grad()
+    def _logits(self, tried: Sequence[PlansToTry]) -> Tensor:
+        """Logits fp32 [A, M, V] of the follow-up."""
+        cache = Cache(layers=self.followup_layers(tried))
+        return self.model(self.episode.followup.expand(len(tried), -1), past_key_values=cache).logits.float()
+
+    def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
+        largest = max(layer.kv_heads * layer.head_dim for layer in self.shape.layers)
+        size = max(1, BATCH_ELEMENTS // (largest * (self.length + len(self.episode.followup))))
+        return [tried[i : i + size] for i in range(0, len(tried), size)]
+
+    def followup_layers(self, tried: Sequence[PlansToTry], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:
+        """Cache layers for a follow-up under each of the plans tried, as one batch."""
+        layers: list[CacheLayerMixin] = []
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layers.append(_repeated(layer, len(tried)))
+            else:
+                keys, values, kept = self._apply(i, [plans[i] for plans in tried])
+                layers.append(ReplayLayer(keys, values, kept, self.length, None if probes is None else probes[i]))
+        return layers
+
+    def _apply(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [A, H_kv, N, D] and kept [A, H_kv, N] of one layer; [1, ...] if no plan touches it."""
+        context = self.context(layer)
+        everything = torch.ones(context.keys.shape[:2], dtype=torch.bool, device=context.keys.device)
+        if all(row is None for row in rows):
+            return context.keys[None], context.values[None], everything[None]
+        keys, values, kept = (tensor.repeat(len(rows), 1, 1, 1) for tensor in (context.keys, context.values, everything[..., None]))
+        done: dict[HeadPlan, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
+        for plan, heads in _heads_of_plans(rows).items():
+            done[plan] = dict(zip(heads, zip(*self._compressed(layer, heads, plan))))
+        for a, row in enumerate(rows):
+            for h, plan in enumerate(row or ()):
+                if plan is not None:
+                    keys[a, h], values[a, h], kept[a, h, :, 0] = done[plan][h]
+        return keys, values, kept[..., 0]
+
+    def _compressed(self, layer: int, heads: list[int], plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [h, N, D] and kept [h, N] of some heads after compression."""
+        context = self.context(layer)
+        keys, values = context.keys[heads].to(self.dtype).float(), context.values[heads].to(self.dtype).float()
+        kept = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        first, tokens = min(self.pinned.sinks, self.length), self.pinned.compressible(self.length)
+        kept[:, first : first + tokens] = False
+        ranked = first + context.scores[heads, first : first + tokens].argsort(dim=1, descending=True, stable=True)
+        begin = 0
+        for tier, count in zip(plan.tiers, plan.counts(tokens)):
+            taken = ranked[:, begin : begin + count].sort(dim=1).values  # [h, n]
+            rows = taken[..., None].expand(-1, -1, keys.shape[-1])
+            some_keys, some_values = context.keys[heads].gather(1, rows), context.values[heads].gather(1, rows)
+            keys.scatter_(1, rows, roundtrip_keys(plan.format, some_keys, tier.key_bits, self.dtype))
+            values.scatter_(1, rows, roundtrip_values(plan.format, some_values, tier.value_bits, self.dtype))
+            kept.scatter_(1, taken, True)
+            begin += count
+        return keys, values, kept
+
+
+def _heads_of_plans(rows: Sequence[Sequence[HeadPlan | None] | None]) -> dict[HeadPlan, list[int]]:
+    """The heads that need each plan in at least one row."""
+    heads: dict[HeadPlan, set[int]] = {}
+    for row in rows:
+        for h, plan in enumerate(row or ()):
+            if plan is not None:
+                heads.setdefault(plan, set()).add(h)
+    return {plan: sorted(found) for plan, found in heads.items()}
+
+
+def _repeated(layer: DynamicSlidingWindowLayer, batch: int) -> DynamicSlidingWindowLayer:
+    """A copy of a sliding-window layer's state for a batch; its tensors are replaced, never written."""
+    repeated = copy.copy(layer)
+    repeated.keys, repeated.values = layer.keys.repeat(batch, 1, 1, 1), layer.values.repeat(batch, 1, 1, 1)
+    return repeated
