@@ -127,9 +127,7 @@ def task_row(rng: random.Random, stage: Stage, tokenizer: PreTrainedTokenizerBas
     return ids[: stage.length + 1], weights[: stage.length + 1]
 
 
-def batch(
-    step: int, stage: Stage, text: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, stage: Stage, text: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and loss weights, both [rows, length + 1]."""
     rng = random.Random(f"{SEED} {step}")
     text_rows = round(stage.rows * stage.text_share)

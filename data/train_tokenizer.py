@@ -1,6 +1,6 @@
 """Train the embedded model's tokenizer: 2,048 byte-level unigram pieces, every task word a single piece.
 
-    python data/train_tokenizer.py
+python data/train_tokenizer.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORD_SCORE = -7.0  # log-probability: above that of any way to spell a task word
 
 def with_words(pieces: list[tuple[str, float]], task_words: list[str]) -> Unigram:
     """The trained pieces plus every task word as a piece of its own."""
-    scores = {piece: score for piece, score in pieces}
+    scores = dict(pieces)
     scores |= {word.replace(" ", "Ġ"): WORD_SCORE for word in task_words}
     return Unigram(list(scores.items()))
 
@@ -34,8 +34,8 @@ def with_words(pieces: list[tuple[str, float]], task_words: list[str]) -> Unigra
 def main() -> None:
     task_words = [f" {word}" for word in (*WORDS, *ADJECTIVES, *NOUNS, *VERBS, *PLACES)] + CUES
     tokenizer = Tokenizer(Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = UnigramTrainer(
         vocab_size=VOCABULARY - len(task_words),
         special_tokens=SPECIAL,
@@ -45,7 +45,7 @@ def main() -> None:
     )
     tokenizer.train_from_iterator(split()[0], trainer)
     tokenizer.model = with_words(json.loads(tokenizer.to_str())["model"]["vocab"], task_words)
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     broken = [word for word in task_words if len(tokenizer.encode(word, add_special_tokens=False)) != 1]

@@ -1,6 +1,6 @@
 """Write the held-out natural text, one document a line, so that evaluation needs no particular Python.
 
-    python data/write_heldout.py
+python data/write_heldout.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,6 @@ from ib_analysis.profile import check_fingerprint, plan_from_json
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, LayerShape
 from ib_analysis.tasks import Prompt
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 VERSION = 1
 LONGEST = 8  # budgets are checked up to this many times the calibrated context length
@@ -117,12 +114,6 @@ class Allocation:
         """Predicted loss at every budget, from the same profile: columns budget_share, predicted_loss_bits."""
         return pd.DataFrame(list(self.budget_curve), columns=["budget_share", "predicted_loss_bits"])
 
-    def plot(self) -> Axes:
-        """A heatmap of effective bits per element, layer by head."""
-        from ib_analysis.figures.allocation import draw_allocation
-
-        return draw_allocation(self)
-
     def validate(
         self,
         model: PreTrainedModel,
@@ -144,7 +135,7 @@ class Allocation:
         content["shape"] = [asdict(layer) for layer in self.shape.layers]
         text = sealed_json(_finite(content))
         if path is not None:
-            write_whole(Path(path), lambda partial: partial.write_text(text) and None)
+            write_whole(Path(path), lambda partial: partial.write_text(text))
         return text
 
     @classmethod
@@ -162,9 +153,7 @@ class Allocation:
             **{
                 **content,
                 "shape": CacheShape(tuple(LayerShape(**layer) for layer in content["shape"])),
-                "plans": tuple(
-                    None if row is None else tuple(plan_from_json(plan) for plan in row) for row in content["plans"]
-                ),
+                "plans": tuple(None if row is None else tuple(plan_from_json(plan) for plan in row) for row in content["plans"]),
                 "pinned": Pinned(**content["pinned"]),
                 "validation": Measurement.from_json(content["validation"]),
                 "budget_curve": tuple((share, loss) for share, loss in content["budget_curve"]),

@@ -90,7 +90,7 @@ def grouped_attention(
 
     Returns (out fp32 [B * H_kv, G * M, D], log-sum-exp [B * H_kv, G * M]).
     """
-    batch, kv_heads, tokens, head_dim = keys.shape
+    batch, kv_heads, _, head_dim = keys.shape
     groups = query.shape[1] // kv_heads
     rows = query.reshape(batch * kv_heads, -1, head_dim)  # [P, G * M, D]
     visible = mask.expand(batch, kv_heads, -1, -1).repeat(1, 1, groups, 1).flatten(0, 1)  # [P, G * M, T]

@@ -51,7 +51,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self._clear()
 
     def _clear(self) -> None:
-        self.keys = self.values = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.is_initialized = False
         self.packed: list[PackedHeads] = []
         self.sink_mask: Tensor | None = None  # bool [B, S], false where a short sequence has no sink; None if all have
@@ -82,7 +83,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     ) -> Tensor:
         new_keys, new_values = self.new
         del self.new
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
             self._compress(query, new_keys, new_values, mask, scaling)
             return out
@@ -98,11 +99,9 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self._flush(query, visible, scaling)
         return finish(outs, lses, query, extras)
 
-    def _attend_packed(
-        self, part: PackedHeads, query: Tensor, scaling: float, extras: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_packed(self, part: PackedHeads, query: Tensor, scaling: float, extras: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Attention to one part; heads that it does not hold see nothing. Shapes as `grouped_attention`."""
-        batch, _, length, head_dim = query.shape
+        batch, _, _, head_dim = query.shape
         grouped = query.reshape(batch, len(self.plans), -1, head_dim)  # [B, H_kv, G * M, D]
         keys, values = part.tokens.unpack()
         padded_keys, present = pad(keys, part.tokens.lengths)
@@ -153,7 +152,11 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         in_front = sink_positions < self.start
         self.sink_mask = None if bool(in_front.all()) else in_front
         exact = torch.cat(
-            [sink_positions.clamp(max=length - 1), torch.arange(self.start, length, device=self.device).expand(batch, -1)], 1
+            [
+                sink_positions.clamp(max=length - 1),
+                torch.arange(self.start, length, device=self.device).expand(batch, -1),
+            ],
+            1,
         )
         rows = exact[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.keys, self.values = keys.gather(2, rows).to(self.dtype), values.gather(2, rows).to(self.dtype)
@@ -252,7 +255,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         """Forgets the newest tokens; a negative number, as in transformers. Only tokens still in the window can go."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number, the tokens to remove, not {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None:
+        if tokens_to_remove == 0 or self.keys is None or self.values is None:
             return
         window = self.keys.shape[2] - self._sink_count
         if -tokens_to_remove > window:

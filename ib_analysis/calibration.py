@@ -110,9 +110,7 @@ def calibrate(
     return profile
 
 
-def _new_profile(
-    replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, settings: dict[str, Any]
-) -> Profile:
+def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, settings: dict[str, Any]) -> Profile:
     shape = cache_shape(model.config)
     options = tuple(head_options())
     size = (len(shape.heads), len(options))

@@ -83,9 +83,7 @@ def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | N
         if tokenizer is None:
             raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
         context = tokenizer(prompt.context).input_ids
-        turns = [
-            (_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns
-        ]
+        turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns]
         return _Draft(prompt.task, context, turns, prompt.chance > 0, [])
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -129,9 +127,7 @@ def _sample(model: PreTrainedModel, inputs: list[list[int]], steps: int, generat
     position = (mask.cumsum(1) - 1).clamp(min=0)
     sampled = []
     for _ in range(steps):
-        logits = model(
-            ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-        ).logits[:, -1]
+        logits = model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         if not bool(torch.isfinite(logits).all()):
             raise CalibrationError("the model's logits are not finite: check its weights and dtype")
         ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)

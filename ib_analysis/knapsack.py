@@ -251,9 +251,7 @@ def _certify(fronts: _Fronts, chosen: Ints, price: float, limit: int) -> _Bound:
     return _Bound(price, float(excess), relative - least[fronts.group])
 
 
-def _refine(
-    fronts: _Fronts, chosen: Ints, bound: _Bound, limit: int, target: float, time_limit_s: float
-) -> tuple[Ints, float]:
+def _refine(fronts: _Fronts, chosen: Ints, bound: _Bound, limit: int, target: float, time_limit_s: float) -> tuple[Ints, float]:
     """The best choice [U] that HiGHS finds, and its bound on how far the given choice is above the optimum.
 
     The loss above the Lagrangian bound is the sum of the reduced losses + price * unused bytes, so an option whose

@@ -24,6 +24,7 @@ from ib_analysis.policies.uniform import uniform_grid
 from ib_analysis.profile import Profile, model_fingerprint
 from ib_analysis.replay import PlansToTry
 from ib_analysis.shape import CacheShape, cache_shape
+from ib_analysis.tasks import Prompt
 from ib_analysis.tasks.mixture import mixture
 
 PROMPTS = 64  # for calibration; half as many more decide between allocations
@@ -32,7 +33,7 @@ PROMPT_LENGTH = 512
 TIGHTEN = 0.995
 MOST_TIGHTENINGS = 40
 
-Prompts = Sequence["Prompt | str | Tensor"]  # type: ignore[name-defined]  # noqa: F821
+Prompts = Sequence[Prompt | str | Tensor]
 
 
 @dataclass(eq=False)
@@ -78,9 +79,7 @@ def optimal_allocation(
     episodes = _episodes(model, prompts, tokenizer, question_aware, seed)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     share = budget.as_share(shape.bytes_per_token, length)
-    bench = prepare(
-        model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
-    )
+    bench = prepare(model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path)
     return allocate(bench, share)
 
 
@@ -169,9 +168,7 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         predicted_loss_bits=solution.loss if best == 0 else predicted_loss_bits(bench, chosen),
         dual_bound=solution.dual_bound,
         validation=sample.measurement(best),
-        budget_curve=tuple(
-            ((int(cost) + pinned_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)
-        ),
+        budget_curve=tuple(((int(cost) + pinned_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
     )
 
 

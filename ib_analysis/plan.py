@@ -41,7 +41,7 @@ class HeadPlan:
         for tier in self.tiers:
             share = min(1.0, tier.share / left_share) if left_share > 0 else 0.0
             count = np.floor(share * np.asarray(left) + 1e-9).astype(np.int64)
-            counts.append(int(count) if isinstance(tokens, int) else count)  # type: ignore[arg-type]
+            counts.append(int(count) if isinstance(tokens, int) else count)
             left = left - counts[-1]
             left_share -= tier.share
         return counts
@@ -51,7 +51,7 @@ class HeadPlan:
         total = tokens * 0
         for tier, count in zip(self.tiers, self.counts(tokens)):
             total = total + tokens_nbytes(self.format, count, head_dim, tier.key_bits, tier.value_bits)
-        return total
+        return total * (tokens > 0)  # nothing is stored before there is anything to compress
 
     @property
     def kept_share(self) -> float:
@@ -75,7 +75,7 @@ class Pinned:
     def compressible(self, length: Count) -> Count:
         """How many tokens of a cache of `length` tokens are compressible."""
         beyond = np.maximum(np.asarray(length) - self.sinks - self.window, 0) // self.flush * self.flush
-        return int(beyond) if isinstance(length, int) else beyond  # type: ignore[return-value]
+        return int(beyond) if isinstance(length, int) else beyond
 
     def nbytes(self, length: Count, layer: LayerShape) -> Count:
         """Bytes that one layer's pinned tokens take."""

@@ -25,15 +25,11 @@ SAMPLES = 4  # draws of the next tokens for one prompt
 def gradient_prices(replay: Replay, options: Sequence[HeadPlan], generator: torch.Generator) -> Tensor:
     """Predicted loss in bits per predicted token: float64 [heads, options], heads in the order of `shape.heads`."""
     layers, gradients = _score_gradients(replay, generator)
-    rows = [
-        _layer_prices(replay, i, layers[i], gradients[i], options) for i in replay.shape.compressible
-    ]
+    rows = [_layer_prices(replay, i, layers[i], gradients[i], options) for i in replay.shape.compressible]
     return torch.cat(rows) / (len(replay.episode.predicting) * math.log(2))
 
 
-def _score_gradients(
-    replay: Replay, generator: torch.Generator
-) -> tuple[dict[int, ReplayLayer], dict[int, Tensor]]:
+def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[int, ReplayLayer], dict[int, Tensor]]:
     """Layers after an uncompressed follow-up, and for each the gradients [S, H, M, D] of the sampled tokens' log-probability."""
     text = replay.model.config.get_text_config(decoder=True)
     followup = replay.episode.followup
@@ -130,9 +126,7 @@ class _Parts:
 
 
 @torch.no_grad()
-def _layer_prices(
-    replay: Replay, layer: int, answered: ReplayLayer, gradients: Tensor, options: Sequence[HeadPlan]
-) -> Tensor:
+def _layer_prices(replay: Replay, layer: int, answered: ReplayLayer, gradients: Tensor, options: Sequence[HeadPlan]) -> Tensor:
     """Mean over samples of (g . d)^2 / 2, in nats over all predicted tokens: float64 [H_kv, options]."""
     parts = _Parts(replay, layer, answered)
     full = answered.output.detach()[0].reshape(parts.query.shape)

@@ -88,9 +88,7 @@ class Profile:
             "settings": self.settings,
             "options": [asdict(option) for option in self.options],
         }
-        tensors = {
-            name: torch.from_numpy(getattr(self, name).copy()) for name in ("loss_bits", "error_bits", "measured")
-        }
+        tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("loss_bits", "error_bits", "measured")}
         save_tensors(Path(path), tensors, header)
 
     @classmethod

@@ -124,9 +124,7 @@ class ReplayLayer(CacheLayerMixin, AnsweringLayer):
 class Replay:
     """An episode after its prefill, ready to be continued under any plan."""
 
-    def __init__(
-        self, model: PreTrainedModel, shape: CacheShape, pinned: Pinned, scorer: Scorer, episode: Episode
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, shape: CacheShape, pinned: Pinned, scorer: Scorer, episode: Episode) -> None:
         use_attention(model)
         self.model, self.shape, self.pinned, self.episode = model, shape, pinned, episode
         self.length = len(episode.prefill)
@@ -197,14 +195,16 @@ class Replay:
         everything = torch.ones(context.keys.shape[:2], dtype=torch.bool, device=context.keys.device)
         if all(row is None for row in rows):
             return context.keys[None], context.values[None], everything[None]
-        keys, values, kept = (tensor.repeat(len(rows), 1, 1, 1) for tensor in (context.keys, context.values, everything[..., None]))
+        keys, values, kept = (
+            tensor.repeat(len(rows), 1, 1, 1) for tensor in (context.keys, context.values, everything[..., None])
+        )
         done: dict[HeadPlan, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
         for plan, heads in _heads_of_plans(rows).items():
             done[plan] = dict(zip(heads, zip(*self._compressed(layer, heads, plan))))
         for a, row in enumerate(rows):
-            for h, plan in enumerate(row or ()):
-                if plan is not None:
-                    keys[a, h], values[a, h], kept[a, h, :, 0] = done[plan][h]
+            for h, chosen in enumerate(row or ()):
+                if chosen is not None:
+                    keys[a, h], values[a, h], kept[a, h, :, 0] = done[chosen][h]
         return keys, values, kept[..., 0]
 
     def _compressed(self, layer: int, heads: list[int], plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,9 +81,7 @@ class Codec:
 
     def select(self, parts: dict[str, Tensor], lengths: Tensor, pairs: Tensor) -> dict[str, Tensor]:
         """Parts of the runs that `pairs` names."""
-        return {
-            name: ragged.select(parts[name], _row_count(rows, lengths), pairs)[0] for name, rows in self._layout.items()
-        }
+        return {name: ragged.select(parts[name], _row_count(rows, lengths), pairs)[0] for name, rows in self._layout.items()}
 
     def nbytes(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Exact bytes of the parts of one run, for each number of tokens."""
@@ -112,9 +110,7 @@ class Codec:
         codes, metadata = self.quantizer.quantize(x, lengths, self.bits, fitted)
         return {"words": bitpack.pack(codes, self.bits), **metadata}
 
-    def _split(
-        self, parts: dict[str, Tensor], lengths: Tensor, complete: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _split(self, parts: dict[str, Tensor], lengths: Tensor, complete: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         heads, tails = {}, {}
         for name, rows in self._layout.items():
             if rows.tokens_per_row == 0:

@@ -36,9 +36,7 @@ class Quantizer(Protocol):
         """The metadata that a run keeps from the first tokens it receives on: fp16 [P, width] each."""
         ...
 
-    def quantize(
-        self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes uint8 [N, D] in [0, 2**bits) and all metadata, `fitted` included."""
         ...
 

@@ -26,9 +26,7 @@ class KiviKeys:
     def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def quantize(
-        self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         groups = x[_tokens_of_group(lengths)]  # [G, 32, D]
         minimum, scale = _range(groups.amin(1), groups.amax(1), bits)
         group = _group_of_token(lengths)
@@ -50,9 +48,7 @@ class KiviValues:
     def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def quantize(
-        self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         head_dim = x.shape[1]
         groups = -(-head_dim // GROUP_CHANNELS)
         # Repeating the last channel completes a short group without moving its minimum or maximum.

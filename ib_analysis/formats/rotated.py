@@ -29,9 +29,7 @@ class RotatedValues:
     def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def quantize(
-        self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         codes, scale = _quantize_rotated(rotate(x.clamp(-FP16_MAX, FP16_MAX)), bits)
         return codes, {"scale": scale}
 
@@ -51,9 +49,7 @@ class RotatedKeys:
         total = padded.sum(1, dtype=torch.float64)
         return {"centre": (total / lengths.clamp(min=1)[:, None]).to(torch.float16)}
 
-    def quantize(
-        self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths)]
         codes, scale = _quantize_rotated(rotate(centred), bits)
         return codes, {"scale": scale, "centre": fitted["centre"]}

@@ -29,9 +29,7 @@ def refine(profile: Profile, replays: Replays, limit_bytes: int, choice: NDArray
     between heads, which single-head prices miss, matters most at tight budgets.
     """
     nbytes = profile.nbytes()
-    pinned_bytes = sum(
-        profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible
-    )
+    pinned_bytes = sum(profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible)
     best = choice
     best_loss = _joint_loss(profile, replays, [best])[0]
     for _ in range(ROUNDS):
@@ -63,9 +61,7 @@ def _joint_loss(profile: Profile, replays: Replays, choices: list[NDArray[np.int
     return means
 
 
-def _promising(
-    profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64], limit_bytes: int
-) -> list[tuple[int, int]]:
+def _promising(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64], limit_bytes: int) -> list[tuple[int, int]]:
     """(head, option) of the least reduced cost, L + price * bytes, at the price per byte of the chosen solution."""
     price = _price_per_byte(profile, nbytes, choice)
     reduced = profile.loss_bits + price * nbytes

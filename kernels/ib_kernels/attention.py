@@ -65,6 +65,5 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> None:
         )
     if mask.dtype != torch.bool or mask.shape not in ((runs, rows, tokens), (runs, 1, tokens)):
         raise ValueError(
-            f"expected a boolean mask [{runs}, {rows} or 1, {tokens}], true where visible, "
-            f"got {mask.dtype} {list(mask.shape)}"
+            f"expected a boolean mask [{runs}, {rows} or 1, {tokens}], true where visible, got {mask.dtype} {list(mask.shape)}"
         )

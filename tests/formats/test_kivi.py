@@ -45,9 +45,7 @@ def hard_values(tokens, head_dim, seed, offset, spread):
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=100)
-def test_error_is_at_most_half_a_step_and_requantizing_changes_nothing(
-    side, lengths, head_dim, bits, offset, spread, seed
-):
+def test_error_is_at_most_half_a_step_and_requantizing_changes_nothing(side, lengths, head_dim, bits, offset, spread, seed):
     lengths = torch.tensor(lengths)
     x = hard_values(int(lengths.sum()), head_dim, seed, offset, spread)
     restored, codes, metadata = roundtrip(SIDES[side], x, lengths, bits)

@@ -1,0 +1,150 @@
+"""The compressed cache against DynamicCache, on small random models of several architectures."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from ib_analysis.attention import use_attention
+from ib_analysis.cache import CompressedCache
+from ib_analysis.plan import HeadPlan, Pinned, Tier, plans_nbytes
+from ib_analysis.scorers import SCORERS
+from ib_analysis.shape import cache_shape
+
+PINNED = Pinned(2, 4, 4)
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 20},
+    "phi3": {"pad_token_id": 0, "eos_token_id": None},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "olmo2": {},
+    "granite": {"eos_token_id": None},
+}
+
+
+def small_model(name):
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        name, **{"vocab_size": 100, "max_position_embeddings": 512, "num_key_value_heads": 2, **size, **ARCHITECTURES[name]}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)  # so that attention is far from uniform
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def padded_batch(batch):
+    torch.manual_seed(1)
+    ids = torch.randint(3, 99, (batch, 40))
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 7, 30)[:batch]):
+        mask[row, :pads] = 0
+    return ids, mask
+
+
+def generate(model, ids, mask, cache):
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=40,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+def compressing_plans(shape):
+    heads = (HeadPlan("kivi", (Tier(0.3, 4, 2), Tier(0.35, 2, 3))), HeadPlan("rotated", (Tier(0.4, 3, 8),)))
+    return tuple(None if layer.sliding_window else heads for layer in shape.layers)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_full_budget_is_the_full_cache(name, batch):
+    model = small_model(name)
+    ids, mask = padded_batch(batch)
+    tokens, logits = generate(model, ids, mask, DynamicCache(config=model.config))
+    use_attention(model)
+    shape = cache_shape(model.config)
+    cache = CompressedCache(shape, (None,) * len(shape.layers), PINNED, SCORERS["value_aware"])
+    found_tokens, found_logits = generate(model, ids, mask, cache)
+    assert torch.equal(found_tokens, tokens)
+    assert torch.equal(found_logits, logits)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_all_tokens_at_16_bits_are_nearly_the_full_cache(name, batch):
+    model = small_model(name)
+    ids, mask = padded_batch(batch)
+    _, logits = generate(model, ids, mask, DynamicCache(config=model.config))
+    use_attention(model)
+    shape = cache_shape(model.config)
+    plans = tuple(
+        None if layer.sliding_window else (HeadPlan("kivi", (Tier(1.0, 16, 16),)),) * layer.kv_heads for layer in shape.layers
+    )
+    _, found = generate(model, ids, mask, CompressedCache(shape, plans, PINNED, SCORERS["value_aware"]))
+    assert (found - logits).abs().max() < 0.01 * logits.std()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("prefill", [1, 2, 3, 5, 9, 17, 40])
+def test_bytes_are_those_of_the_plan_at_every_length(prefill, batch):
+    model = small_model("gemma3_text")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    plans = compressing_plans(shape)
+    cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
+    ids, _ = padded_batch(batch)
+    with torch.no_grad():
+        for block in (ids[:, :prefill], ids[:, :5], *ids[:, :9].split(1, dim=1)):
+            model(block, past_key_values=cache)
+            expected = batch * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())
+            assert cache.nbytes - cache.sliding_nbytes == expected
+
+
+def test_left_padding_changes_nothing():
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    caches = [CompressedCache(shape, compressing_plans(shape), Pinned(2, 4, 1), SCORERS["value_aware"]) for _ in range(2)]
+    ids, _ = padded_batch(1)
+    padded = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), torch.ones_like(ids)], dim=1)
+    _, plain = generate(model, ids, torch.ones_like(ids), caches[0])
+    _, shifted = generate(model, padded, mask, caches[1])
+    assert caches[0].nbytes == caches[1].nbytes
+    torch.testing.assert_close(shifted, plain, atol=2e-3, rtol=0)
+
+
+def test_beams_crop_and_reset():
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    plans = compressing_plans(shape)
+    cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
+    ids, _ = padded_batch(1)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        once = model(ids[:, :1], past_key_values=cache).logits
+        cache.crop(-1)
+        cache.batch_repeat_interleave(3)
+        again = model(ids[:, :1].repeat(3, 1), past_key_values=cache).logits
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(again, once.expand(3, -1, -1), atol=1e-4, rtol=0)
+    assert cache.nbytes == 3 * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())
+    with pytest.raises(ValueError, match="not compressed"):
+        cache.crop(-30)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
