@@ -11,7 +11,7 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
 
 PINNED = Pinned(2, 4, 4)
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -28,10 +28,9 @@ ARCHITECTURES = {
 
 
 def small_model(name):
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        name, **{"vocab_size": 100, "max_position_embeddings": 512, "num_key_value_heads": 2, **size, **ARCHITECTURES[name]}
-    )
+    size: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    size |= {"vocab_size": 100, "max_position_embeddings": 512, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(name, **(size | ARCHITECTURES[name]))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     for parameter in model.parameters():
