@@ -1,7 +1,8 @@
-"""Train the embedded model on the CPU, about two hours on two cores; stop it and start it again as you like.
+"""Train the embedded model on the CPU, about an hour on two cores; stop it and start it again as you like.
 
-    python data/train.py --out data/model
-    python data/train.py --out out/small --setting small     # two minutes, to check that the recipe repeats itself
+    python data/train.py --setting first --out out/first
+    python data/train.py --setting second --start out/first --out data/model
+    python data/train.py --setting small --out out/small     # two minutes, to check that the recipe repeats itself
 
 Every step draws its data from (seed, step) alone, so a run that was killed ends with the weights of one that was not.
 """
@@ -48,6 +49,7 @@ class Stage:
     rows: int
     length: int
     text_share: float
+    copying_share: float = 0.0  # of the prompts, before the rest is drawn from all tasks
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Setting:
 
 
 SETTINGS = {
-    "full": Setting(192, 4, (Stage(300, 64, 128, 0.0), Stage(500, 32, 256, 0.4), Stage(1200, 8, 1024, 0.5))),
+    "first": Setting(192, 4, (Stage(300, 64, 128, 0.0), Stage(500, 32, 256, 0.4), Stage(1200, 8, 1024, 0.5))),
+    "second": Setting(192, 4, (Stage(1000, 8, 1024, 0.5, copying_share=0.4),)),
     "small": Setting(64, 2, (Stage(30, 16, 128, 0.0), Stage(30, 8, 256, 0.5), Stage(20, 2, 1024, 0.5))),
 }
 
@@ -102,9 +105,11 @@ def dense_prompt(rng: random.Random) -> Prompt:
     return TASKS["copying"](rng, rng.randint(24, 64))
 
 
-def mixed_prompt(rng: random.Random, length: int) -> Prompt:
-    """A prompt of up to `length` tokens: pairs with many questions, or one of the tasks."""
-    length = rng.randint(64, length)
+def mixed_prompt(rng: random.Random, stage: Stage) -> Prompt:
+    """A prompt of up to `stage.length` tokens: pairs with many questions, or one of the tasks."""
+    length = rng.randint(64, stage.length)
+    if stage.copying_share and rng.random() < stage.copying_share:
+        return TASKS["copying"](rng, length)
     if rng.random() < 0.4:
         pairs = rng.randint(6, max(6, min(32, length // 8)))
         return pairs_prompt(rng, length, pairs, rng.randint(1, pairs), "pairs")
@@ -116,7 +121,7 @@ def task_row(rng: random.Random, stage: Stage, tokenizer: PreTrainedTokenizerBas
     ids: list[int] = []
     weights: list[float] = []
     while len(ids) <= stage.length:
-        prompt = mixed_prompt(rng, stage.length) if stage.text_share else dense_prompt(rng)
+        prompt = mixed_prompt(rng, stage) if stage.text_share else dense_prompt(rng)
         context = tokenizer(prompt.context).input_ids
         ids += context
         weights += [CONTEXT_WEIGHT] * len(context)
@@ -230,14 +235,18 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, log:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--setting", choices=SETTINGS, default="full")
+    parser.add_argument("--setting", choices=SETTINGS, required=True)
+    parser.add_argument("--start", type=Path, help="folder of a model whose weights to begin with")
     parser.add_argument("--checkpoint-steps", type=int, default=100)
     arguments = parser.parse_args()
     setting = SETTINGS[arguments.setting]
     torch.set_num_threads(THREADS)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     text = natural_text(tokenizer)
-    model = new_model(setting, len(tokenizer))
+    if arguments.start:
+        model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).train()
+    else:
+        model = new_model(setting, len(tokenizer))
     pair = optimizers(model)
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / "checkpoint.safetensors"

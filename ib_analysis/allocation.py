@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,8 @@ from ib_analysis.cache import CompressedCache
 from ib_analysis.calibration import Replays
 from ib_analysis.episodes import make_episodes
 from ib_analysis.errors import BudgetError, ProfileMismatchError
+from ib_analysis.figures.heads import head_table, plot_heads
+from ib_analysis.figures.style import save_figure
 from ib_analysis.files import read_sealed_json, sealed_json, write_whole
 from ib_analysis.measurement import Measurement, measure_plans
 from ib_analysis.plan import Pinned, Plans, plans_nbytes
@@ -45,14 +48,10 @@ class Allocation:
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
     predicted_loss_bits: float  # sum of the heads' measured losses
+    solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
     dual_bound: float  # no allocation within the budget has a smaller predicted loss
     validation: Measurement | None  # on prompts that were not used to choose
     budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, predicted loss in bits)
-
-    @property
-    def solver_gap(self) -> float:
-        """How far the predicted loss is above the bound, relative to it."""
-        return max(0.0, self.predicted_loss_bits - self.dual_bound) / max(self.predicted_loss_bits, 1e-12)
 
     @property
     def model_error(self) -> float:
@@ -113,6 +112,14 @@ class Allocation:
     def curve(self) -> pd.DataFrame:
         """Predicted loss at every budget, from the same profile: columns budget_share, predicted_loss_bits."""
         return pd.DataFrame(list(self.budget_curve), columns=["budget_share", "predicted_loss_bits"])
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Heatmaps, layer by head, of tokens kept and bits; with `path` also written there as PDF, PNG and CSV."""
+        heads = head_table(self.table())
+        figure = plot_heads(heads)
+        if path is not None:
+            save_figure(figure, heads, Path(path))
+        return figure
 
     def validate(
         self,

@@ -26,6 +26,7 @@ from ib_analysis.shape import CacheShape, cache_shape
 MOST_ROUNDS = 200
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
+DIGESTED = 256  # elements of each weight
 PINNED_SHARE = 1 / 4  # of the budget, at most
 MOST_SINKS, MOST_WINDOW, MOST_FLUSH = 4, 32, 16
 
@@ -91,7 +92,7 @@ def calibrate(
 
     `settings` say how the prompts were made; a file with other settings is overwritten.
     """
-    profile = _new_profile(replays, model, pinned, scorer, settings | {"seed": seed})
+    profile = _new_profile(replays, model, pinned, scorer, settings | {"seed": seed, "weights": weights_digest(model)})
     if path is not None and path.exists():
         found = Profile.load(path)
         if (found.model, found.settings, found.options) == (profile.model, profile.settings, profile.options):
@@ -108,6 +109,14 @@ def calibrate(
         if path is not None and profile.priced % SAVE_EVERY == 0:
             profile.save(path)
     return profile
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A hash of the first elements of every weight: a model trained further is another model."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, settings: dict[str, Any]) -> Profile:

@@ -1,47 +1,110 @@
-"""The command line: ib-analysis demo."""
+"""Spend a KV cache's memory where it keeps most information."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from random import Random
+from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ib_analysis.errors import IBAnalysisError
+from ib_analysis.allocation import Allocation
+from ib_analysis.budget import parse_budget
+from ib_analysis.demo import run
+from ib_analysis.errors import CalibrationError, IBAnalysisError
+from ib_analysis.generation import generate_text
 from ib_analysis.models import load
-from ib_analysis.tasks import TASKS
+from ib_analysis.optimize import optimal_allocation
+from ib_analysis.scorers import SCORERS
 
 
 def main() -> None:
     """Runs one command. An error of this package is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="ib-analysis", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("demo", help="answer three held-out prompts with the embedded model")
-    parser.parse_args()
+    arguments = _parser().parse_args()
     try:
-        demo()
+        arguments.run(arguments)
     except IBAnalysisError as error:
         print(f"ib-analysis: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def demo() -> None:
-    """Answers one held-out prompt of each of three tasks with the full cache."""
-    model, tokenizer = load()
-    for task in ("retrieval", "needles", "copying"):
-        prompt = TASKS[task](Random(f"demo {task}"), 512)
-        answer = generate(model, tokenizer, prompt.context + prompt.question, len(tokenizer(prompt.answer).input_ids) - 1)
-        print(f"{task}: {prompt.question!r}\n  expected {prompt.answer!r}\n  answered {answer!r}")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ib-analysis", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="four budgets on the embedded model, measured on held-out prompts")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (out/demo)")
+    demo.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    demo.set_defaults(run=lambda arguments: run(arguments.out, not arguments.question_agnostic))
+
+    allocate = commands.add_parser("allocate", help="find the optimal allocation of a model's cache")
+    _add_model(allocate)
+    allocate.add_argument("--budget", required=True, help="1/8 or 0.125 of the cache, 2bits, 64MiB@8192 or 512x4bits")
+    allocate.add_argument("--out", type=Path, required=True, help="folder for allocation.json, its figure and the profile")
+    allocate.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
+    allocate.add_argument("--scorer", choices=SCORERS, default="value_aware")
+    allocate.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    allocate.add_argument("--seed", type=int, default=0)
+    allocate.set_defaults(run=_allocate)
+
+    generate = commands.add_parser("generate", help="continue a text from a compressed cache")
+    _add_model(generate)
+    generate.add_argument("--allocation", type=Path, required=True, help="the allocation.json of `allocate`")
+    generate.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
+    generate.add_argument("--tokens", type=int, default=64, help="how many to generate (64)")
+    generate.set_defaults(run=_generate)
+    return parser
 
 
-@torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
-    """The greedy continuation of a text."""
-    inputs = tokenizer(text, return_tensors="pt")
-    out = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=tokens, do_sample=False
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub name; by default the embedded model")
+
+
+def _allocate(arguments: argparse.Namespace) -> None:
+    budget = parse_budget(arguments.budget)
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments.model)
+    allocation = optimal_allocation(
+        model,
+        budget,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        scorer=arguments.scorer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+        profile_path=arguments.out / "profile.safetensors",
     )
-    continuation: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
-    return continuation
+    allocation.to_json(arguments.out / "allocation.json")
+    allocation.plot(arguments.out / "allocation")
+    print(allocation)
+    print(f"written to {arguments.out}/")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    allocation = Allocation.from_json(arguments.allocation)
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    model, tokenizer = load(arguments.model)
+    cache = allocation.cache(model)
+    print(generate_text(model, tokenizer, text, arguments.tokens, cache))
+    tokens = cache.get_seq_length()
+    full_bytes = tokens * allocation.shape.bytes_per_token
+    print(f"cache: {tokens} tokens in {cache.nbytes:,} bytes, {cache.nbytes / full_bytes:.4f} of 16 bits", file=sys.stderr)
+    if tokens < allocation.minimum_context:
+        print(f"the budget holds from {allocation.minimum_context} tokens on, not for this short prompt", file=sys.stderr)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a JSON-lines file. Raises CalibrationError, with the line, for anything else."""
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CalibrationError(f'line {number} of {path} is not {{"text": ...}}') from error
+        if not isinstance(text, str):
+            raise CalibrationError(f"line {number} of {path} has a text of type {type(text).__name__}")
+        texts.append(text)
+    return texts

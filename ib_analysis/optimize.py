@@ -31,7 +31,7 @@ PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
 PROMPT_LENGTH = 512
 TIGHTEN = 0.995
-MOST_TIGHTENINGS = 40
+REFINED_FROM_BITS = 0.05  # predicted loss from which heads interact enough to be priced together
 
 Prompts = Sequence[Prompt | str | Tensor]
 
@@ -95,6 +95,7 @@ def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> A
         budget_share=1.0,
         source="full cache",
         predicted_loss_bits=0.0,
+        solver_gap=0.0,
         dual_bound=0.0,
         validation=None,
     )
@@ -147,12 +148,13 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         limit = int(limit * TIGHTEN)
         verify(profile, bench.calibration, [limit], bench.path)
         plans, solution = optimal(profile, limit)
-    refined = profile.plans(refine(profile, bench.calibration, limit, solution.choice))
-    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)
-    sources = ["optimal", "optimal, refined jointly", *["uniform"] * len(cells)]
-    sample = sample_plans(bench.validation, [plans, refined, *cells], show="deciding")
+    candidates = [("optimal", plans)]
+    if solution.loss > REFINED_FROM_BITS:
+        candidates.append(("optimal, refined jointly", profile.plans(refine(profile, bench.calibration, limit, solution.choice))))
+    candidates += [("uniform", cell) for cell in uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)]
+    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates], show="deciding")
     best = int(sample.kl_bits.mean(0).argmin())
-    chosen = [plans, refined, *cells][best]
+    source, chosen = candidates[best]
     path = curve(list(profile.loss_bits), list(profile.nbytes()))
     pinned_bytes = _pinned_bytes(profile)
     full_bytes = profile.shape.bytes_per_token * profile.context_length
@@ -164,8 +166,9 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         scorer=profile.scorer,
         context_length=profile.context_length,
         budget_share=share,
-        source=sources[best],
+        source=source,
         predicted_loss_bits=solution.loss if best == 0 else predicted_loss_bits(bench, chosen),
+        solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
         validation=sample.measurement(best),
         budget_curve=tuple(((int(cost) + pinned_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),

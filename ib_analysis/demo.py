@@ -1,0 +1,194 @@
+"""The demonstration: four budgets on the embedded model, the optimal allocation beside uniform ones, on held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.allocation import Allocation
+from ib_analysis.calibration import Replays
+from ib_analysis.embedded import CARD, measured
+from ib_analysis.episodes import make_episodes
+from ib_analysis.figures.style import save_figure
+from ib_analysis.figures.tradeoff import plot_tradeoff
+from ib_analysis.files import write_whole
+from ib_analysis.generation import generate_text
+from ib_analysis.measurement import Measurement, sample_plans
+from ib_analysis.models import load
+from ib_analysis.optimize import PROMPT_LENGTH, PROMPTS, Workbench, allocate, prepare
+from ib_analysis.plan import Plans, plans_nbytes
+from ib_analysis.policies import POLICIES
+from ib_analysis.tasks import TASKS
+from ib_analysis.tasks.mixture import mixture
+
+SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+SHOWN_SHARE = 1 / 8  # of which answers, the heatmap and allocation.json are
+ANSWERED = ("retrieval", "needles", "copying")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at one budget, measured on held-out prompts."""
+
+    share: float
+    policy: str
+    setting: str
+    nbytes: int
+    bits_per_token: float
+    measurement: Measurement
+    ratio: tuple[float, float, float]  # KL over that of the best uniform cell, with its 95% interval
+
+
+def run(out: Path, question_aware: bool = True) -> None:
+    """Calibrates, allocates, measures, and writes allocation.json, report.md and figures to `out`. Minutes on two cores.
+
+    A killed calibration goes on from where it was; a finished one is used again.
+    """
+    model, tokenizer = load()
+    print("Embedded model: accuracy and baselines, from its card\n", measured(CARD.read_text()), sep="\n")
+    bench = prepare(
+        model,
+        make_episodes(
+            model,
+            tokenizer,
+            mixture(f"calibration {SEED}", PROMPTS * 3 // 2, PROMPT_LENGTH),
+            question_aware=question_aware,
+            seed=SEED,
+        ),
+        min(SHARES),
+        question_aware=question_aware,
+        seed=SEED,
+        profile_path=out / "profile.safetensors",
+    )
+    allocations = [allocate(bench, share) for share in SHARES]
+    held_out = Replays(
+        model,
+        bench.profile.shape,
+        bench.profile.pinned,
+        bench.profile.scorer,
+        make_episodes(
+            model, tokenizer, mixture("held out", PROMPTS, PROMPT_LENGTH), question_aware=question_aware, seed=SEED + 1
+        ),
+    )
+    rows = [row for allocation in allocations for row in compare(bench, held_out, allocation)]
+    shown = allocations[SHARES.index(SHOWN_SHARE)]
+    report = _report(rows, allocations, _answers(model, tokenizer, shown), question_aware)
+    shown.to_json(out / "allocation.json")
+    table = tradeoff_table(rows)
+    save_figure(plot_tradeoff(table), table, out / "tradeoff")
+    shown.plot(out / "allocation")
+    write_whole(out / "report.md", lambda path: path.write_text(report))
+    print(report)
+    print(f"written to {out}/")
+
+
+def compare(bench: Workbench, held_out: Replays, allocation: Allocation) -> list[Row]:
+    """The allocation, and of each simple policy the cell that is best on the held-out prompts themselves."""
+    profile, share = bench.profile, allocation.budget_share
+    full_bytes = profile.shape.bytes_per_token * profile.context_length
+    cells = {
+        name: policy(profile.shape, profile.pinned, profile.context_length, int(share * full_bytes))
+        for name, policy in POLICIES.items()
+    }
+    plans = [allocation.plans, *(cell for some in cells.values() for cell in some)]
+    sample = sample_plans(held_out, plans, show=f"held-out prompts at {Fraction(share)}")
+    losses = sample.kl_bits.mean(0)
+    best = {"optimal": 0}
+    first = 1
+    for name, some in cells.items():
+        if some:
+            best[name.replace("_", "-")] = first + int(losses[first : first + len(some)].argmin())
+        first += len(some)
+    rows = []
+    for name, index in best.items():
+        nbytes = int(plans_nbytes(profile.shape, plans[index], profile.pinned, profile.context_length))
+        setting = allocation.source if name == "optimal" else _setting(plans[index])
+        ratio = sample.ratio_interval(index, best["uniform"])
+        rows.append(Row(share, name, setting, nbytes, 8 * nbytes / profile.context_length, sample.measurement(index), ratio))
+    return rows
+
+
+def _setting(plans: Plans) -> str:
+    """A uniform cell in words."""
+    plan = next(row[0] for row in plans if row)
+    tier = plan.tiers[0]
+    if tier.key_bits == tier.value_bits == 16:
+        return f"{tier.share:.1%} of tokens at 16 bits"
+    return f"{tier.share:.1%} of tokens, {plan.format}, keys {tier.key_bits} values {tier.value_bits} bits"
+
+
+def tradeoff_table(rows: list[Row]) -> pd.DataFrame:
+    """What `plot_tradeoff` draws."""
+    content = []
+    for row in rows:
+        low, high = row.measurement.loss_interval_bits
+        information = row.measurement.information_bits
+        retained = (information - row.measurement.loss_bits, information - high, information - low, information)
+        content.append((row.policy, row.share, row.bits_per_token, *retained))
+    columns = ["policy", "share", "bits_per_token", "retained_bits", "low_bits", "high_bits", "information_bits"]
+    return pd.DataFrame(content, columns=columns)
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, allocation: Allocation) -> list[str]:
+    """Answers to three held-out prompts from the full cache and from the compressed one."""
+    lines = []
+    for task in ANSWERED:
+        prompt = TASKS[task](Random(f"demo {task}"), PROMPT_LENGTH)
+        text = prompt.context + prompt.question
+        tokens = len(tokenizer(prompt.answer, add_special_tokens=False).input_ids) - 1
+        full = generate_text(model, tokenizer, text, tokens)
+        cache = allocation.cache(model)
+        compressed = generate_text(model, tokenizer, text, tokens, cache)
+        full_bytes = cache.get_seq_length() * allocation.shape.bytes_per_token
+        lines += [
+            f"- **{task}**: `{prompt.question}` expects `{prompt.answer.strip()}`",
+            f"  - full cache, {full_bytes:,} bytes at 16 bits: `{full.strip()}`",
+            f"  - compressed cache, {cache.nbytes:,} bytes: `{compressed.strip()}`",
+        ]
+    return lines
+
+
+def _report(rows: list[Row], allocations: list[Allocation], answers: list[str], question_aware: bool) -> str:
+    lines = [
+        "# Where to spend a KV cache's memory",
+        "",
+        f"Embedded model, {rows[0].measurement.prompts} held-out prompts of about {PROMPT_LENGTH} tokens, "
+        f"{'the scorer sees the first question' if question_aware else 'the scorer does not see the question'}. "
+        "Every byte counts: codes, scales, sinks, window. KL is between the full and the compressed cache's predictions, in "
+        "bits per predicted token; retained is the information of the full cache less the KL; intervals are 95% "
+        "bootstraps over prompts. Uniform, prune-only and quantize-only are the cells that are best on these very prompts.",
+        "",
+        "| budget | policy | setting | bytes | retained | KL | KL / best uniform | accuracy (full) |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+        *map(_line, rows),
+        "",
+        "| budget | predicted KL | measured on validation prompts | model error | solver gap | dual bound | minimum context |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for allocation in allocations:
+        assert allocation.validation is not None
+        lines.append(
+            f"| {Fraction(allocation.budget_share)} | {allocation.predicted_loss_bits:.4f} | "
+            f"{allocation.validation.loss_bits:.4f} | {allocation.model_error:.2f} | {allocation.solver_gap:.1e} | "
+            f"{allocation.dual_bound:.4f} | {allocation.minimum_context} tokens |"
+        )
+    title = f"## Answers at {Fraction(SHOWN_SHARE)} of the memory"
+    return "\n".join([*lines, "", title, "", *answers, "", "![trade-off](tradeoff.png)", "", "![heads](allocation.png)", ""])
+
+
+def _line(row: Row) -> str:
+    found = row.measurement
+    low, high = found.loss_interval_bits
+    accuracy = "" if found.accuracy is None else f"{found.accuracy:.3f} ({found.full_accuracy:.3f})"
+    ratio, ratio_low, ratio_high = row.ratio
+    return (
+        f"| {Fraction(row.share)} | {row.policy} | {row.setting} | {row.nbytes:,} | {found.retained_bits:.3f} "
+        f"({found.retained_share:.1%}) | {found.loss_bits:.4f} [{low:.4f}, {high:.4f}] | "
+        f"{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}] | {accuracy} |"
+    )

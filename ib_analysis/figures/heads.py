@@ -1,0 +1,50 @@
+"""What every head was given: tokens kept, key bits and value bits, layer by head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from ib_analysis.figures.style import PAGE_INCHES, RC, new_figure
+
+MOST_NUMBERS = 96  # cells; beyond, numbers would not fit
+PANELS = (("token_share", "tokens kept (share)", 0, 1), ("key_bits", "key bits", 0, 16), ("value_bits", "value bits", 0, 16))
+
+
+def head_table(tiers: pd.DataFrame) -> pd.DataFrame:
+    """One row for each head from one row for each tier, as `Allocation.table` has them; bits are means over kept tokens."""
+    rows = []
+    for (layer, head), part in tiers.groupby(["layer", "head"]):
+        share = float(part.token_share.sum())
+        bits = [
+            float(np.average(part[name], weights=part.token_share)) if share > 0 else float("nan")
+            for name in ("key_bits", "value_bits")
+        ]
+        rows.append((layer, head, share, *bits))
+    return pd.DataFrame(rows, columns=["layer", "head", "token_share", "key_bits", "value_bits"])
+
+
+def plot_heads(heads: pd.DataFrame) -> Figure:
+    """Three heatmaps, layer by KV head, of a `head_table`. Heads that keep nothing have no bits."""
+    layers = heads.layer.nunique()
+    figure = new_figure(3, PAGE_INCHES, 0.8 + max(1.0, 0.25 * layers))
+    with rc_context(RC):
+        for axes, (name, title, low, high) in zip(figure.axes, PANELS):
+            sns.heatmap(
+                heads.pivot(index="layer", columns="head", values=name),
+                ax=axes,
+                vmin=low,
+                vmax=high,
+                cmap="cividis",
+                annot=len(heads) <= MOST_NUMBERS,
+                fmt=".2g",
+                linewidths=0.5,
+                annot_kws={"size": 7},
+            )
+            axes.set_title(title)
+            axes.set_xlabel("KV head")
+            axes.set_ylabel("layer" if name == "token_share" else "")
+    return figure

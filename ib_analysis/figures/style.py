@@ -1,0 +1,50 @@
+"""One look for all figures, and one way to write them: PDF, PNG and exactly the plotted table as CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from ib_analysis.files import write_whole
+
+COLUMN_INCHES = 3.03  # of an ACL paper
+PAGE_INCHES = 6.3
+RC: dict[Any, Any] = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "ib_analysis",
+    "figure.constrained_layout.use": True,
+}
+COLORS = sns.color_palette("colorblind").as_hex()
+
+
+def new_figure(columns: int, width_inches: float, height_inches: float) -> Figure:
+    """A figure with a row of axes, outside of pyplot: nothing to close, no window."""
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(width_inches, height_inches), dpi=300)
+        figure.subplots(1, columns)
+    return figure
+
+
+def save_figure(figure: Figure, table: pd.DataFrame, stem: Path) -> None:
+    """Writes stem.pdf, stem.png and stem.csv; the same figure gives the same bytes."""
+    with mpl.rc_context(RC):
+        write_whole(stem.with_suffix(".pdf"), lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
+        write_whole(stem.with_suffix(".png"), lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
+    write_whole(stem.with_suffix(".csv"), lambda path: table.to_csv(path, index=False))
