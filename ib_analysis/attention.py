@@ -6,19 +6,25 @@ then asks it for the output. Everything else is computed as transformers' own SD
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from ib_kernels import partial_attention
 from ib_kernels.attention import merge
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ib_analysis.errors import UnsupportedModelError
 
 NAME = "ib_analysis"
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The cache as a keyword argument of `model(...)` and `model.generate(...)`: newer versions of transformers rename it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 class AnsweringLayer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ib_analysis.attention import cache_argument
 from ib_analysis.errors import CalibrationError
 from ib_analysis.tasks import Prompt
 
@@ -123,11 +124,11 @@ def _sample(model: PreTrainedModel, inputs: list[list[int]], steps: int, generat
     longest = max(map(len, inputs))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in inputs], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=model.device)
-    cache = DynamicCache(config=model.config)
+    cache = cache_argument(model, DynamicCache(config=model.config))
     position = (mask.cumsum(1) - 1).clamp(min=0)
     sampled = []
     for _ in range(steps):
-        logits = model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(ids, attention_mask=mask, position_ids=position, **cache, logits_to_keep=1).logits[:, -1]
         if not bool(torch.isfinite(logits).all()):
             raise CalibrationError("the model's logits are not finite: check its weights and dtype")
         ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ib_analysis.attention import cache_argument
 from ib_analysis.cache import CompressedCache
 from ib_analysis.errors import IBAnalysisError
 
@@ -26,10 +27,8 @@ def generate_text(
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:
         raise IBAnalysisError("the prompt has fewer than two tokens: there is nothing to compress")
-    filled = DynamicCache(config=model.config) if cache is None else cache
-    model(ids[:, :-1], past_key_values=filled, logits_to_keep=1)
-    out = model.generate(
-        input_ids=ids, attention_mask=inputs["attention_mask"], past_key_values=filled, max_new_tokens=tokens, do_sample=False
-    )
+    filled = cache_argument(model, DynamicCache(config=model.config) if cache is None else cache)
+    model(ids[:, :-1], logits_to_keep=1, **filled)
+    out = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], max_new_tokens=tokens, do_sample=False, **filled)
     continuation: str = tokenizer.decode(out[0, ids.shape[1] :])
     return continuation

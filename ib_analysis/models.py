@@ -8,9 +8,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ib_analysis.embedded import MODEL
 from ib_analysis.errors import CorruptFileError, ModelNotFoundError, UnsupportedModelError
-
-EMBEDDED = Path(__file__).parents[1] / "data" / "model"
 
 
 def load(
@@ -22,7 +21,7 @@ def load(
     looked up on the network; anything else is a name on the hub. Weights are read from safetensors only.
     Raises ModelNotFoundError, UnsupportedModelError for what is no decoder, CorruptFileError.
     """
-    source = EMBEDDED if name is None else Path(name).expanduser()
+    source = MODEL if name is None else Path(name).expanduser()
     local = name is None or source.exists() or str(name).startswith((".", "/", "~"))
     if local:
         _check_folder(source)
@@ -48,6 +47,8 @@ def load(
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise ModelNotFoundError(f"{folder} is a file: pass the folder that it is in")
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(f"there is no model in {folder}: it has no config.json")
     if not list(folder.glob("*.safetensors")):

@@ -15,6 +15,7 @@ from ib_kernels import merge, partial_attention
 from torch import Tensor
 from transformers import Cache
 
+from ib_analysis.attention import cache_argument
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
 from ib_analysis.plan import HeadPlan
 from ib_analysis.replay import Replay, ReplayLayer
@@ -41,7 +42,8 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     }
     layers = replay.followup_layers([[None] * len(replay.layers)], probes)
     with torch.enable_grad():
-        logits = replay.model(followup[None], past_key_values=Cache(layers=layers)).logits[0, replay.episode.predicting]
+        cache = cache_argument(replay.model, Cache(layers=layers))
+        logits = replay.model(followup[None], **cache).logits[0, replay.episode.predicting]
         log_probs = logits.float().log_softmax(-1)
     drawn = torch.multinomial(log_probs.detach().exp(), SAMPLES, replacement=True, generator=generator)  # [Y, S]
     gradients = [

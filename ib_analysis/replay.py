@@ -18,7 +18,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from ib_analysis.attention import AnsweringLayer, causal_mask, finish, full_attention, grouped_attention, use_attention
+from ib_analysis.attention import (
+    AnsweringLayer,
+    cache_argument,
+    causal_mask,
+    finish,
+    full_attention,
+    grouped_attention,
+    use_attention,
+)
 from ib_analysis.episodes import Episode
 from ib_analysis.errors import CalibrationError
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
@@ -134,7 +142,7 @@ class Replay:
             for layer in shape.layers
         ]
         with torch.no_grad():
-            model(episode.prefill[None], past_key_values=Cache(layers=self.layers), logits_to_keep=1)
+            model(episode.prefill[None], **cache_argument(model, Cache(layers=self.layers)), logits_to_keep=1)
         for i in shape.compressible:
             layer = self.context(i)
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
@@ -170,8 +178,8 @@ class Replay:
     @torch.no_grad()
     def _logits(self, tried: Sequence[PlansToTry]) -> Tensor:
         """Logits fp32 [A, M, V] of the follow-up."""
-        cache = Cache(layers=self.followup_layers(tried))
-        return self.model(self.episode.followup.expand(len(tried), -1), past_key_values=cache).logits.float()
+        cache = cache_argument(self.model, Cache(layers=self.followup_layers(tried)))
+        return self.model(self.episode.followup.expand(len(tried), -1), **cache).logits.float()
 
     def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
         largest = max(layer.kv_heads * layer.head_dim for layer in self.shape.layers)

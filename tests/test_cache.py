@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ib_analysis.attention import use_attention
+from ib_analysis.attention import cache_argument, use_attention
 from ib_analysis.cache import CompressedCache
 from ib_analysis.plan import HeadPlan, Pinned, Tier, plans_nbytes
 from ib_analysis.scorers import SCORERS
@@ -54,7 +54,7 @@ def generate(model, ids, mask, cache):
     out = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=40,
         do_sample=False,
         output_logits=True,
@@ -108,7 +108,7 @@ def test_bytes_are_those_of_the_plan_at_every_length(prefill, batch):
     ids, _ = padded_batch(batch)
     with torch.no_grad():
         for block in (ids[:, :prefill], ids[:, :5], *ids[:, :9].split(1, dim=1)):
-            model(block, past_key_values=cache)
+            model(block, **cache_argument(model, cache))
             expected = batch * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())
             assert cache.nbytes - cache.sliding_nbytes == expected
 
@@ -135,11 +135,11 @@ def test_beams_crop_and_reset():
     cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
     ids, _ = padded_batch(1)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        once = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, **cache_argument(model, cache))
+        once = model(ids[:, :1], **cache_argument(model, cache)).logits
         cache.crop(-1)
         cache.batch_repeat_interleave(3)
-        again = model(ids[:, :1].repeat(3, 1), past_key_values=cache).logits
+        again = model(ids[:, :1].repeat(3, 1), **cache_argument(model, cache)).logits
         cache.reorder_cache(torch.tensor([2, 0, 1]))
     torch.testing.assert_close(again, once.expand(3, -1, -1), atol=1e-4, rtol=0)
     assert cache.nbytes == 3 * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())

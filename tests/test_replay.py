@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ib_analysis import load
+from ib_analysis.attention import cache_argument
 from ib_analysis.cache import CompressedCache
 from ib_analysis.episodes import make_episodes
 from ib_analysis.plan import HeadPlan, Pinned, Tier
@@ -29,8 +30,8 @@ def test_replay_is_the_packed_cache(task, aware):
     plans = (heads,) * len(shape.layers)
     cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
     with torch.no_grad():
-        model(episode.prefill[None], past_key_values=cache)
-        logits = model(episode.followup[None], past_key_values=cache).logits[0, episode.predicting]
+        model(episode.prefill[None], **cache_argument(model, cache))
+        logits = model(episode.followup[None], **cache_argument(model, cache)).logits[0, episode.predicting]
     full = replay.full_log_probs.double()
     packed = (full.exp() * (full - logits.double().log_softmax(-1))).sum(-1).mean() / math.log(2)
     kl_bits, _ = replay.measure([plans, [None] * len(shape.layers)])
