@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.embedded import MODEL
-from ib_analysis.errors import CorruptFileError, ModelNotFoundError, UnsupportedModelError
+from ib_analysis.errors import CorruptFileError, IBAnalysisError, ModelNotFoundError, UnsupportedModelError
 
 
 def load(
@@ -32,14 +34,23 @@ def load(
             raise UnsupportedModelError(f"{place} is a {config.model_type} model, not a decoder that predicts next tokens")
         if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
             raise UnsupportedModelError(f"{place} is a {config.model_type} model with an encoder: pass a decoder-only model")
-        model = AutoModelForCausalLM.from_pretrained(
-            place, local_files_only=local, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=dtype
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
         )
+        _check_weights(place, report)
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code)
     except SafetensorError as error:
         raise CorruptFileError(f"the weights of {place} are no complete safetensors file ({error}): get them again") from error
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(f"a JSON file of {place} was cut or edited ({error}): get it again") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModelError):
+        if isinstance(error, IBAnalysisError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"cannot load {place!r}: {reason} (pass a hub name, or a folder with the model)") from error
@@ -49,10 +60,22 @@ def load(
 def _check_folder(folder: Path) -> None:
     if folder.is_file():
         raise ModelNotFoundError(f"{folder} is a file: pass the folder that it is in")
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise ModelNotFoundError(f"there is no model in {folder}: it has no config.json")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{config} was cut or edited ({error}): get it again") from error
     if not list(folder.glob("*.safetensors")):
         raise ModelNotFoundError(f"{folder} has no *.safetensors weights; other formats are not read, convert them first")
+
+
+def _check_weights(place: str, report: dict[str, Any]) -> None:
+    """transformers fills absent weights with random numbers and only warns."""
+    absent = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if absent:
+        raise CorruptFileError(f"the weights of {place} do not fit its config.json: {absent[0]} is absent or of another shape")
 
 
 def _is_encoder(config: object) -> bool:
