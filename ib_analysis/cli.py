@@ -22,7 +22,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
-    except IBAnalysisError as error:
+    except (IBAnalysisError, FileNotFoundError) as error:
         print(f"ib-analysis: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -23,6 +23,8 @@ def generate_text(
     The cache is filled, and compressed, before the last token of the text is read: so no prediction comes from the
     uncompressed prefill.
     """
+    if tokens < 1:
+        raise IBAnalysisError(f"cannot generate {tokens} tokens: ask for at least one")
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     ids = inputs["input_ids"]
     if ids.shape[1] < 2:

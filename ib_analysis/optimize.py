@@ -115,6 +115,7 @@ def prepare(
     shape = cache_shape(model.config)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     pinned = pinned_for(smallest_share, length)
+    _limit(shape, pinned, length, smallest_share)
     _check_lengths(episodes, pinned)
     deciding, calibrating = list(episodes[2::3]), [episode for i, episode in enumerate(episodes) if i % 3 != 2]
     if not deciding:
@@ -141,7 +142,7 @@ def prepare(
 def allocate(bench: Workbench, share: float) -> Allocation:
     """The best allocation within `share` of the full 16-bit cache. Raises BudgetError if nothing fits."""
     profile = bench.profile
-    limit = _limit(profile, share)
+    limit = _limit(profile.shape, profile.pinned, profile.context_length, share)
     verify(profile, bench.calibration, [limit], bench.path)
     plans, solution = optimal(profile, limit)
     while minimum_context(profile.shape, plans, profile.pinned, share, profile.context_length) > profile.context_length:
@@ -156,7 +157,7 @@ def allocate(bench: Workbench, share: float) -> Allocation:
     best = int(sample.kl_bits.mean(0).argmin())
     source, chosen = candidates[best]
     path = curve(list(profile.loss_bits), list(profile.nbytes()))
-    pinned_bytes = _pinned_bytes(profile)
+    pinned_bytes = _pinned_bytes(profile.shape, profile.pinned, profile.context_length)
     full_bytes = profile.shape.bytes_per_token * profile.context_length
     return Allocation(
         model=profile.model,
@@ -221,17 +222,17 @@ def _check_lengths(episodes: Sequence[Episode], pinned: Pinned) -> None:
             )
 
 
-def _pinned_bytes(profile: Profile) -> int:
-    return sum(profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible)
+def _pinned_bytes(shape: CacheShape, pinned: Pinned, length: int) -> int:
+    return sum(int(pinned.nbytes(length, shape.layers[i])) for i in shape.compressible)
 
 
-def _limit(profile: Profile, share: float) -> int:
-    """Bytes of the budget at the calibrated context length. Raises BudgetError, with the minimum, if nothing fits."""
-    full = profile.shape.bytes_per_token * profile.context_length
-    minimum = _pinned_bytes(profile) + int(profile.nbytes().min(1).sum())
+def _limit(shape: CacheShape, pinned: Pinned, length: int, share: float) -> int:
+    """Bytes of the budget at this context length. Raises BudgetError, with the minimum, if not even sinks and window fit."""
+    full = shape.bytes_per_token * length
+    minimum = _pinned_bytes(shape, pinned, length)
     if share * full < minimum:
         raise BudgetError(
-            f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {profile.context_length} tokens, but "
-            f"sinks, window and metadata take {minimum:,}: ask for at least {minimum / full:.4g}, or use longer prompts"
+            f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {length} tokens, but sinks and window "
+            f"take {minimum:,}: ask for at least {minimum / full:.4g}, or use longer prompts"
         )
     return int(share * full)

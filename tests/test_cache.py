@@ -1,5 +1,8 @@
 """The compressed cache against DynamicCache, on small random models of several architectures."""
 
+import gc
+import warnings
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -111,6 +114,123 @@ def test_bytes_are_those_of_the_plan_at_every_length(prefill, batch):
             model(block, **cache_argument(model, cache))
             expected = batch * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())
             assert cache.nbytes - cache.sliding_nbytes == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_follow_up_of_several_tokens_is_one_pass(name):
+    model = small_model(name)
+    ids, _ = padded_batch(2)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 28:]
+        use_attention(model)
+        shape = cache_shape(model.config)
+        cache = CompressedCache(shape, (None,) * len(shape.layers), PINNED, SCORERS["value_aware"])
+        model(ids[:, :28], **cache_argument(model, cache))
+        found = model(ids[:, 28:], **cache_argument(model, cache)).logits
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.std()), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_compressed_follow_up_is_that_of_single_tokens(name):
+    """As long as nothing leaves the window, which is when tokens are compressed."""
+    model = small_model(name)
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, _ = padded_batch(2)
+    logits = []
+    for lengths in ([1] * 6, [6], [2, 4]):
+        cache = CompressedCache(shape, compressing_plans(shape), Pinned(2, 4, 16), SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids[:, :23], **cache_argument(model, cache))
+            blocks = ids[:, 23:29].split(lengths, dim=1)
+            logits.append(torch.cat([model(block, **cache_argument(model, cache)).logits for block in blocks], dim=1))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[2], logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    ],
+)
+def test_extras_of_attention_are_honoured(name, extra):
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16}
+    size |= {"vocab_size": 100, "max_position_embeddings": 512, "num_key_value_heads": 2, "sliding_window": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **size, **extra), attn_implementation="eager").eval()
+    for label, parameter in model.named_parameters():
+        parameter.data.normal_() if "sinks" in label else parameter.data.mul_(3)
+    ids, _ = padded_batch(2)
+    shape = cache_shape(model.config)
+    assert shape.compressible == [1, 3]
+    plans = tuple(None if layer.sliding_window else (HeadPlan("kivi", (Tier(1.0, 16, 16),)),) * 2 for layer in shape.layers)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 30:]
+        use_attention(model)
+        cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
+        model(ids[:, :30], **cache_argument(model, cache))
+        found = model(ids[:, 30:], **cache_argument(model, cache)).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.std()
+
+
+def test_nothing_of_the_full_cache_survives_the_prefill():
+    """No tensor in memory but weights and the cache's own, and none of those is a view into a larger one."""
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    cache = CompressedCache(shape, compressing_plans(shape), PINNED, SCORERS["value_aware"])
+    ids, _ = padded_batch(3)
+    gc.collect()
+    before = {id(tensor) for tensor in _tensors_in_memory()}
+    with torch.no_grad():
+        model(ids, **cache_argument(model, cache))
+    gc.collect()
+    held = [tensor for layer in cache.layers for tensor in layer.tensors()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert sum(storages.values()) == cache.nbytes
+    others = [
+        tensor
+        for tensor in _tensors_in_memory()
+        if id(tensor) not in before and tensor.untyped_storage().data_ptr() not in storages
+    ]
+    assert sum(tensor.numel() for tensor in others) < ids.numel() * shape.layers[0].head_dim / 4
+
+
+def _tensors_in_memory():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+
+
+def test_offload_and_prefetch_change_nothing():
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, _ = padded_batch(2)
+    logits = []
+    for offloads in (False, True):
+        cache = CompressedCache(shape, compressing_plans(shape), PINNED, SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids, **cache_argument(model, cache))
+            if offloads:
+                for index in range(len(shape.layers)):
+                    cache.layers[index].offload()
+                    cache.layers[index].prefetch()
+            logits.append(model(ids[:, :3], **cache_argument(model, cache)).logits)
+    assert torch.equal(*logits)
+
+
+def test_long_generation_stays_within_its_plan():
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    plans = compressing_plans(shape)
+    cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
+    ids, mask = padded_batch(1)
+    model.generate(ids, attention_mask=mask, **cache_argument(model, cache), max_new_tokens=150, do_sample=False)
+    assert cache.nbytes == plans_nbytes(shape, plans, PINNED, 40 + 149)
 
 
 def test_left_padding_changes_nothing():

@@ -1,0 +1,62 @@
+"""The command line as users call it: a process, its output, its exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ib_analysis.optimize import allocate
+
+
+def run(*arguments, text=None):
+    command = [sys.executable, "-c", "from ib_analysis.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=text, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def allocation_file(bench, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "allocation.json"
+    allocate(bench, 1 / 4).to_json(path)
+    return path
+
+
+def test_generate_reads_from_the_compressed_cache(allocation_file):
+    filler = "The old clock stood near the quiet street.\n" * 20
+    prompt = f"- acorn apple\n{filler}- amber violet\n{filler}Find amber"
+    done = run("generate", "--allocation", allocation_file, "--prompt", "-", "--tokens", 1, text=prompt)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "violet"
+    assert "cache: " in done.stderr
+
+
+def test_allocate_writes_its_files(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    line = json.dumps({"text": "def read(self, size=-1):\n    return self.buffer.read(size)\n" * 8})
+    prompts.write_text("\n".join([line] * 6))
+    done = run("allocate", "--budget", "1/4", "--out", tmp_path / "out", "--prompts", prompts)
+    assert done.returncode == 0, done.stderr
+    names = {"allocation.json", "allocation.pdf", "allocation.png", "allocation.csv", "profile.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["allocate", "--budget", "12", "--out", "OUT"], "Budget"),
+        (["allocate", "--budget", "1/4000", "--out", "OUT"], "at least"),
+        (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
+        (["allocate", "./no/such/model", "--budget", "1/4", "--out", "OUT"], "no/such/model"),
+        (["generate", "--allocation", "no/such/file", "--prompt", "x"], "no/such/file"),
+        (["generate", "--allocation", "FILE", "--prompt", ""], "fewer than two tokens"),
+        (["generate", "--allocation", "FILE", "--prompt", "x y", "--tokens", "0"], "tokens"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file, tmp_path):
+    places = {"OUT": tmp_path / "out", "FILE": allocation_file}
+    done = run(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ib-analysis: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("allocation*"))

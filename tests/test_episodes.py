@@ -1,0 +1,83 @@
+"""Prompts become episodes: what is compressed, what follows, what is predicted."""
+
+from random import Random
+
+import pytest
+import torch
+
+from ib_analysis.episodes import make_episodes
+from ib_analysis.errors import CalibrationError
+from ib_analysis.tasks import TASKS
+
+
+def test_question_is_prefilled_or_not(embedded):
+    model, tokenizer = embedded
+    prompt = TASKS["needles"](Random(3), 200)
+    context = tokenizer(prompt.context).input_ids
+    question = tokenizer(prompt.question, add_special_tokens=False).input_ids
+    aware, agnostic = (make_episodes(model, tokenizer, [prompt], question_aware=flag)[0] for flag in (True, False))
+    assert aware.prefill.tolist() == context + question[:-1]
+    assert agnostic.prefill.tolist() == (context + question)[: len(context) - 1] or agnostic.prefill.tolist() == context
+    assert torch.equal(torch.cat([aware.prefill, aware.followup]), torch.cat([agnostic.prefill, agnostic.followup]))
+
+
+def test_answers_follow_the_positions_that_are_asked(embedded):
+    model, tokenizer = embedded
+    prompt = TASKS["needles"](Random(4), 200)
+    episode = make_episodes(model, tokenizer, [prompt])[0]
+    words = [tokenizer.decode([token]) for token in episode.answers.tolist()]
+    assert words == [answer.rstrip("\n") for _, answer in prompt.turns]
+    asking = [tokenizer.decode([episode.followup[position]]) for position in episode.asked.tolist()]
+    assert asking == [f" {question.split()[-1]}" for question, _ in prompt.turns]
+
+
+def test_sampled_tokens_are_those_of_the_model(embedded):
+    """Over many draws, the next token is as frequent as the full model says."""
+    model, tokenizer = embedded
+    ids = torch.tensor(tokenizer("def open(self, path, mode='r', buffering=-1, encoding=None):").input_ids[:16])
+    with torch.no_grad():
+        expected = model(ids[None, :14]).logits[0, -1].softmax(-1)
+    episodes = make_episodes(model, None, [ids] * 400)
+    drawn = torch.tensor([int(torch.cat([episode.prefill, episode.followup])[14]) for episode in episodes])
+    frequency = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
+    error = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((frequency - expected).abs() <= 5 * error + 0.01).all()
+    assert len(torch.unique(drawn)) > 1
+
+
+def test_same_seed_same_episodes(embedded):
+    model, tokenizer = embedded
+    prompts = [TASKS["text"](Random(i), 128) for i in range(3)]
+    first, second, other = (make_episodes(model, tokenizer, prompts, seed=seed) for seed in (5, 5, 6))
+    assert all(torch.equal(a.followup, b.followup) for a, b in zip(first, second))
+    assert any(not torch.equal(a.followup, b.followup) for a, b in zip(first, other))
+
+
+def test_texts_and_token_ids_are_split(embedded):
+    model, tokenizer = embedded
+    ids = torch.arange(3, 163)
+    episode = make_episodes(model, None, [ids])[0]
+    assert episode.prefill.tolist() == ids[: 160 - 20 - 1].tolist()
+    assert len(episode.predicting) == 20 and len(episode.asked) == 0
+    assert make_episodes(model, tokenizer, ["word " * 100])[0].task == "text"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "no prompts"),
+        ([torch.arange(5)], "prompt 0 has 5 tokens"),
+        ([torch.arange(30), torch.rand(30)], "prompt 1 is Tensor"),
+        ([torch.zeros(2, 30, dtype=torch.long)], "prompt 0 is Tensor"),
+        ([3], "prompt 0 is int"),
+        (["a text"], "no tokenizer"),
+    ],
+)
+def test_bad_prompts(embedded, prompts, said):
+    with pytest.raises(CalibrationError, match=said):
+        make_episodes(embedded[0], None, prompts)
+
+
+def test_empty_text(embedded):
+    with pytest.raises(CalibrationError, match="prompt 0"):
+        make_episodes(*embedded, [""])

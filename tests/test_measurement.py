@@ -1,0 +1,41 @@
+"""Summaries of measured losses."""
+
+import numpy as np
+import pytest
+
+from ib_analysis.measurement import Measurement, Sample, bootstrap_interval
+
+
+def sample(kl_bits):
+    count = len(kl_bits)
+    accuracy = np.full((count, kl_bits.shape[1]), np.nan)
+    accuracy[0] = 1.0
+    return Sample(kl_bits, accuracy, np.full(count, 2.0), np.ones(count))
+
+
+def test_retained_is_information_less_loss_and_may_be_negative():
+    found = sample(np.array([[1.0, 3.0], [2.0, 3.0]]))
+    assert found.measurement(0).retained_bits == pytest.approx(0.5)
+    assert found.measurement(1).retained_share == pytest.approx(-0.5)
+    assert found.measurement(0).accuracy == 1.0
+
+
+def test_interval_is_that_of_the_mean():
+    values = np.random.default_rng(1).exponential(size=400)
+    low, high = bootstrap_interval(values)
+    error = values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
+
+
+def test_ratio_is_paired():
+    noise = np.random.default_rng(2).exponential(size=(50, 1))
+    ratio, low, high = sample(np.hstack([noise, 2 * noise])).ratio_interval(0, 1)
+    assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_json_round_trip():
+    found = sample(np.ones((3, 1))).measurement(0)
+    content = {**found.__dict__, "loss_interval_bits": list(found.loss_interval_bits)}
+    assert Measurement.from_json(content) == found
+    assert Measurement.from_json(None) is None

@@ -1,0 +1,203 @@
+"""From prompts to an allocation, on the embedded model: within the budget, better than uniform, predicted as measured."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+import ib_analysis.calibration as ib_calibration
+from ib_analysis import Budget
+from ib_analysis.attention import cache_argument
+from ib_analysis.calibration import Replays, calibrate, verify
+from ib_analysis.episodes import make_episodes
+from ib_analysis.errors import BudgetError, CalibrationError
+from ib_analysis.measurement import sample_plans
+from ib_analysis.optimize import allocate, optimal_allocation
+from ib_analysis.plan import plans_nbytes
+from ib_analysis.policies import POLICIES
+from ib_analysis.profile import Profile
+from ib_analysis.tasks.mixture import mixture
+
+LENGTH = 256  # of the prompts in conftest.py
+SMALLEST_SHARE = 1 / 16
+SHARES = (1 / 4, 1 / 8, SMALLEST_SHARE)
+
+
+@pytest.fixture(scope="module")
+def allocations(bench):
+    return {share: allocate(bench, share) for share in SHARES}
+
+
+@pytest.fixture(scope="module")
+def held_out(bench, embedded):
+    model, tokenizer = embedded
+    profile = bench.profile
+    episodes = make_episodes(model, tokenizer, mixture("tests held out", 30, LENGTH), seed=9)
+    return Replays(model, profile.shape, profile.pinned, profile.scorer, episodes)
+
+
+def test_prices_are_close_to_the_solver_s_bound(allocations):
+    assert all(allocation.solver_gap <= 1e-3 for allocation in allocations.values())
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_bytes_at_every_length(share, allocations):
+    allocation = allocations[share]
+    full = allocation.shape.bytes_per_token
+    assert allocation.minimum_context <= allocation.context_length
+    lengths = np.arange(allocation.minimum_context, 4 * LENGTH)
+    nbytes = plans_nbytes(allocation.shape, allocation.plans, allocation.pinned, lengths)
+    assert (nbytes <= share * full * lengths).all()
+    assert allocation.nbytes(LENGTH) > 0.9 * share * full * LENGTH  # a budget is spent
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_real_cache_holds_these_bytes(share, allocations, embedded):
+    model, _ = embedded
+    allocation = allocations[share]
+    cache = allocation.cache(model)
+    ids = torch.randint(3, 2000, (1, LENGTH))
+    with torch.no_grad():
+        model(ids, **cache_argument(model, cache))
+    assert cache.nbytes == allocation.nbytes(LENGTH)
+    assert cache.nbytes <= share * allocation.shape.bytes_per_token * LENGTH
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_better_than_the_best_uniform_cell(share, allocations, bench, held_out):
+    """The uniform cell is chosen on the held-out prompts themselves."""
+    profile = bench.profile
+    limit = int(share * profile.shape.bytes_per_token * profile.context_length)
+    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, limit)
+    sample = sample_plans(held_out, [allocations[share].plans, *cells])
+    means = sample.kl_bits.mean(0)
+    assert means[0] < means[1:].min()
+
+
+def test_predicted_loss_is_the_measured_one(bench, held_out):
+    """Over 40 budgets: sums of single-head prices against joint measurements on other prompts."""
+    profile = bench.profile
+    full = profile.shape.bytes_per_token * profile.context_length
+    limits = [int(share * full) for share in np.geomspace(SMALLEST_SHARE, 1 / 2, 40)]
+    verify(profile, bench.calibration, limits)
+    solutions = [profile.solve(limit) for limit in limits]
+    sample = sample_plans(held_out, [profile.plans(solution.choice) for solution in solutions])
+    predicted, measured = np.array([solution.loss for solution in solutions]), sample.kl_bits.mean(0)
+    assert spearmanr(predicted, measured).statistic >= 0.9
+
+
+def test_model_error_of_the_chosen(allocations):
+    for allocation in allocations.values():
+        assert 0.5 <= allocation.model_error <= 2
+
+
+def test_the_curve_falls(allocations):
+    for allocation in allocations.values():
+        curve = allocation.curve()
+        assert (np.diff(curve.budget_share) > 0).all()
+        assert (np.diff(curve.predicted_loss_bits) <= 1e-12).all()
+
+
+def test_whole_budget_is_the_full_cache(embedded):
+    model, _ = embedded
+    allocation = optimal_allocation(model, 1.0)
+    assert allocation.is_full and allocation.minimum_context == 1
+    ids = torch.randint(3, 2000, (1, 50))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        assert torch.equal(model(ids, **cache_argument(model, allocation.cache(model))).logits, expected)
+
+
+def test_same_seed_same_allocation(embedded):
+    model, _ = embedded
+    found = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="prompts calibrate"):
+            found.append(optimal_allocation(model, 1 / 4, prompts=mixture("same", 6, 128), seed=3))
+    assert found[0] == found[1]
+
+
+def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
+    """The prices are those of a calibration that was never interrupted."""
+    model, _ = embedded
+    path = tmp_path / "profile.safetensors"
+    replays = bench.calibration
+    arguments = {"settings": {}, "seed": 1}
+    expected = calibrate(replays, model, bench.profile.pinned, "value_aware", **arguments)
+    calls = 0
+    original = ib_calibration.gradient_prices
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(ib_calibration, "gradient_prices", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, **arguments)
+    assert Profile.load(path).priced == 8
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    calls = 100
+    resumed = calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, **arguments)
+    assert calls == 100 + len(replays) - 8
+    np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
+
+
+def test_a_model_trained_further_is_priced_again(bench, embedded, tmp_path):
+    model, _ = embedded
+    path = tmp_path / "profile.safetensors"
+    calibrate(bench.calibration, model, bench.profile.pinned, "value_aware", settings={}, path=path)
+    saved = Profile.load(path).settings["weights"]
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data += 0.01
+    assert ib_calibration.weights_digest(other) != saved == ib_calibration.weights_digest(model)
+
+
+@pytest.mark.parametrize("budget", [0, -0.5, float("nan"), 2, "12", None, True, "1/0"])
+def test_bad_budgets(embedded, budget):
+    with pytest.raises(BudgetError, match=r"Budget\.share"):
+        optimal_allocation(embedded[0], budget)
+
+
+def test_a_budget_below_the_minimum_says_the_minimum(bench, embedded):
+    with pytest.raises(BudgetError, match=r"at least 0\.0"):
+        allocate(bench, 1 / 200)
+    with pytest.raises(BudgetError, match="more than the full"):
+        optimal_allocation(embedded[0], Budget.bytes("1GiB", context=512))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "no prompts"),
+        (["short text"] * 4, "prompt 0"),
+        ([torch.arange(3, 40)] * 4, "never compressed"),
+        (["x y " * 200], "3 or more"),
+    ],
+)
+def test_bad_prompts(embedded, prompts, said):
+    with pytest.raises(CalibrationError, match=said):
+        optimal_allocation(embedded[0], 1 / 2, prompts=prompts, tokenizer=embedded[1])
+
+
+def test_weights_that_are_not_finite(embedded):
+    model = copy.deepcopy(embedded[0])
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="not finite"):
+        optimal_allocation(model, 1 / 4, prompts=mixture("bad", 6, 128), tokenizer=embedded[1])
+
+
+def test_texts_and_token_ids_and_a_model_without_tokenizer(embedded):
+    model = copy.deepcopy(embedded[0])
+    model.name_or_path = model.config._name_or_path = ""
+    with pytest.raises(CalibrationError, match="pass tokenizer="):
+        optimal_allocation(model, 1 / 4, prompts=["a text of some words " * 30] * 3)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="prompts calibrate"):
+        allocation = optimal_allocation(model, 1 / 4, prompts=[torch.randint(3, 2000, (120,)) for _ in range(3)])
+    assert allocation.validation.accuracy is None
+    assert allocation.nbytes(105) <= 105 * allocation.shape.bytes_per_token / 4
