@@ -47,11 +47,12 @@ class Allocation:
     context_length: int  # of the prompts that it was calibrated on
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
-    predicted_loss_bits: float  # sum of the heads' measured losses
+    price_sum_bits: float  # sum of the heads' prices: the measured losses of compressing each of them alone
+    predicted_loss_bits: float  # loss of compressing all of them, measured on the calibration prompts
     solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
-    dual_bound: float  # no allocation within the budget has a smaller predicted loss
+    dual_bound: float  # no allocation within the budget has a smaller sum of prices
     validation: Measurement | None  # on prompts that were not used to choose
-    budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, predicted loss in bits)
+    budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, sum of prices in bits)
 
     @property
     def model_error(self) -> float:
@@ -59,6 +60,11 @@ class Allocation:
         if self.validation is None or self.predicted_loss_bits <= 0:
             return float("nan")
         return self.validation.loss_bits / self.predicted_loss_bits
+
+    @property
+    def interaction(self) -> float:
+        """Predicted loss divided by the sum of prices: above 1 where heads stand in for each other; NaN if nothing is lost."""
+        return self.predicted_loss_bits / self.price_sum_bits if self.price_sum_bits > 0 else float("nan")
 
     @property
     def retained_bits(self) -> float:
@@ -110,8 +116,8 @@ class Allocation:
         return pd.DataFrame(rows, columns=columns)
 
     def curve(self) -> pd.DataFrame:
-        """Predicted loss at every budget, from the same profile: columns budget_share, predicted_loss_bits."""
-        return pd.DataFrame(list(self.budget_curve), columns=["budget_share", "predicted_loss_bits"])
+        """The least sum of prices at every budget, from the same profile: columns budget_share, price_sum_bits."""
+        return pd.DataFrame(list(self.budget_curve), columns=["budget_share", "price_sum_bits"])
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Heatmaps, layer by head, of tokens kept and bits; with `path` also written there as PDF, PNG and CSV."""
@@ -174,8 +180,8 @@ class Allocation:
             f"(from {self.minimum_context} tokens on)",
             f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
             f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
-            f"predicted loss {self.predicted_loss_bits:.4g} bits per token, dual bound {self.dual_bound:.4g}, "
-            f"solver gap {self.solver_gap:.1e}",
+            f"predicted loss {self.predicted_loss_bits:.4g} bits per token; heads alone {self.price_sum_bits:.4g}, "
+            f"dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
         ]
         if self.validation is not None:
             lines.append(f"measured: {self.validation}, model error {self.model_error:.2f}")

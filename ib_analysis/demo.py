@@ -20,7 +20,7 @@ from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
 from ib_analysis.measurement import Measurement, sample_plans
 from ib_analysis.models import load
-from ib_analysis.optimize import PROMPT_LENGTH, PROMPTS, Workbench, allocate, prepare
+from ib_analysis.optimize import PROMPT_LENGTH, PROMPTS, Workbench, allocate_all, prepare
 from ib_analysis.plan import Plans, plans_nbytes
 from ib_analysis.policies import POLICIES
 from ib_analysis.tasks import TASKS
@@ -66,7 +66,7 @@ def run(out: Path, question_aware: bool = True) -> None:
         seed=SEED,
         profile_path=out / "profile.safetensors",
     )
-    allocations = [allocate(bench, share) for share in SHARES]
+    allocations = allocate_all(bench, SHARES)
     held_out = Replays(
         model,
         bench.profile.shape,
@@ -168,15 +168,15 @@ def _report(rows: list[Row], allocations: list[Allocation], answers: list[str], 
         "|---|---|---|---:|---:|---:|---:|---:|",
         *map(_line, rows),
         "",
-        "| budget | predicted KL | measured on validation prompts | model error | solver gap | dual bound | minimum context |",
+        "| budget | heads alone, summed | predicted: together | on validation prompts | model error | solver gap | minimum context |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for allocation in allocations:
         assert allocation.validation is not None
         lines.append(
-            f"| {Fraction(allocation.budget_share)} | {allocation.predicted_loss_bits:.4f} | "
+            f"| {Fraction(allocation.budget_share)} | {allocation.price_sum_bits:.4f} | {allocation.predicted_loss_bits:.4f} | "
             f"{allocation.validation.loss_bits:.4f} | {allocation.model_error:.2f} | {allocation.solver_gap:.1e} | "
-            f"{allocation.dual_bound:.4f} | {allocation.minimum_context} tokens |"
+            f"{allocation.minimum_context} tokens |"
         )
     title = f"## Answers at {Fraction(SHOWN_SHARE)} of the memory"
     return "\n".join([*lines, "", title, "", *answers, "", "![trade-off](tradeoff.png)", "", "![heads](allocation.png)", ""])

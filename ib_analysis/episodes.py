@@ -13,7 +13,7 @@ from ib_analysis.attention import cache_argument
 from ib_analysis.errors import CalibrationError
 from ib_analysis.tasks import Prompt
 
-MOST_SAMPLED = 64  # tokens sampled for one turn
+MOST_SAMPLED = 32  # tokens sampled for one turn
 BATCH_TOKENS = 16384  # prompts are sampled together up to this many tokens
 
 
@@ -60,7 +60,7 @@ def make_episodes(
 ) -> list[Episode]:
     """Tokenizes prompts and samples every turn's answer from the full model at temperature 1.
 
-    A text, or a 1-D tensor of token ids, is split: its last 64 tokens, at most an eighth, give way to sampled ones. With
+    A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
     Raises CalibrationError if there are no prompts, or if one is too short to be split.
     """

@@ -94,6 +94,7 @@ def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> A
         context_length=PROMPT_LENGTH,
         budget_share=1.0,
         source="full cache",
+        price_sum_bits=0.0,
         predicted_loss_bits=0.0,
         solver_gap=0.0,
         dual_bound=0.0,
@@ -139,6 +140,14 @@ def prepare(
     return Workbench(model, profile, calibration, Replays(model, shape, pinned, scorer, deciding), path)
 
 
+def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
+    """The best allocation for each share. Their options are measured together, which is faster than one after the other."""
+    profile = bench.profile
+    limits = [_limit(profile.shape, profile.pinned, profile.context_length, share) for share in shares]
+    verify(profile, bench.calibration, limits, bench.path)
+    return [allocate(bench, share) for share in shares]
+
+
 def allocate(bench: Workbench, share: float) -> Allocation:
     """The best allocation within `share` of the full 16-bit cache. Raises BudgetError if nothing fits."""
     profile = bench.profile
@@ -168,7 +177,8 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         context_length=profile.context_length,
         budget_share=share,
         source=source,
-        predicted_loss_bits=solution.loss if best == 0 else predicted_loss_bits(bench, chosen),
+        price_sum_bits=solution.loss if best == 0 else price_sum_bits(bench, chosen),
+        predicted_loss_bits=float(bench.calibration.measure([chosen])[0].mean()),
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
         validation=sample.measurement(best),
@@ -176,7 +186,7 @@ def allocate(bench: Workbench, share: float) -> Allocation:
     )
 
 
-def predicted_loss_bits(bench: Workbench, plans: Plans) -> float:
+def price_sum_bits(bench: Workbench, plans: Plans) -> float:
     """Sum over heads of the measured loss of compressing that head alone, on the calibration prompts."""
     tried: list[PlansToTry] = []
     for layer, row in enumerate(plans):

@@ -8,7 +8,7 @@ E[(g . d)^2] / 2, because the Fisher information is the mean square of the score
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from ib_kernels import merge, partial_attention
@@ -109,11 +109,17 @@ class _Parts:
             self._rows[begin, count] = taken[..., None].expand(-1, -1, self.keys.shape[-1])
         return self._rows[begin, count]
 
+    def _roundtrip(self, roundtrip: Callable[..., Tensor], fmt: str, x: Tensor, begin: int, count: int, bits: int) -> Tensor:
+        """Rows [H_kv, n, D] of x [H_kv, N, D] after compression."""
+        rows = x.gather(1, self._taken(begin, count))
+        lengths = torch.full((len(x),), count, device=x.device)
+        return roundtrip(fmt, rows.flatten(0, 1), lengths, bits, self.dtype).view(rows.shape)
+
     def _attention(self, fmt: str, begin: int, count: int, bits: int) -> tuple[Tensor, Tensor]:
         """Weights [H_kv, G * M, n] that sum to one, and log-sum-exp [H_kv, G * M]."""
         key = (fmt, begin, count, bits)
         if key not in self._weights:
-            keys = roundtrip_keys(fmt, self.keys.gather(1, self._taken(begin, count)), bits, self.dtype)
+            keys = self._roundtrip(roundtrip_keys, fmt, self.keys, begin, count, bits)
             logits = self.query.float() @ keys.transpose(1, 2) * self.scaling
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -123,7 +129,7 @@ class _Parts:
     def _dequantized_values(self, fmt: str, begin: int, count: int, bits: int) -> Tensor:
         key = (fmt, begin, count, bits)
         if key not in self._values:
-            self._values[key] = roundtrip_values(fmt, self.values.gather(1, self._taken(begin, count)), bits, self.dtype)
+            self._values[key] = self._roundtrip(roundtrip_values, fmt, self.values, begin, count, bits)
         return self._values[key]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,12 +165,13 @@ class Replay:
 
         Accuracy is the share of known answers whose first token is the most likely one; NaN if none is known.
         """
-        full = self.full_log_probs.double()
+        full = self.full_log_probs
+        probs = full.exp()
         kl_bits, accuracy = [], []
         for batch in self._batches(tried):
             logits = self._logits(batch)
-            log_probs = logits[:, self.episode.predicting].double().log_softmax(-1)
-            kl_bits.append((full.exp() * (full - log_probs)).sum(-1).mean(-1) / math.log(2))
+            lost = full - logits[:, self.episode.predicting].log_softmax(-1)  # [A, Y, V]
+            kl_bits.append(lost.mul_(probs).sum(-1).clamp(min=0).double().mean(-1) / math.log(2))
             right = logits[:, self.episode.asked].argmax(-1) == self.episode.answers  # [A, answers]
             accuracy.append(right.double().mean(-1))
         return torch.cat(kl_bits), torch.cat(accuracy)
@@ -200,49 +201,50 @@ class Replay:
     def _apply(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [A, H_kv, N, D] and kept [A, H_kv, N] of one layer; [1, ...] if no plan touches it."""
         context = self.context(layer)
-        everything = torch.ones(context.keys.shape[:2], dtype=torch.bool, device=context.keys.device)
+        heads, length = context.keys.shape[:2]
+        everything = torch.ones(heads, length, dtype=torch.bool, device=context.keys.device)
         if all(row is None for row in rows):
             return context.keys[None], context.values[None], everything[None]
-        keys, values, kept = (
-            tensor.repeat(len(rows), 1, 1, 1) for tensor in (context.keys, context.values, everything[..., None])
-        )
-        done: dict[HeadPlan, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
-        for plan, heads in _heads_of_plans(rows).items():
-            done[plan] = dict(zip(heads, zip(*self._compressed(layer, heads, plan))))
-        for a, row in enumerate(rows):
-            for h, chosen in enumerate(row or ()):
-                if chosen is not None:
-                    keys[a, h], values[a, h], kept[a, h, :, 0] = done[chosen][h]
-        return keys, values, kept[..., 0]
-
-    def _compressed(self, layer: int, heads: list[int], plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values [h, N, D] and kept [h, N] of some heads after compression."""
-        context = self.context(layer)
-        keys, values = context.keys[heads].to(self.dtype).float(), context.values[heads].to(self.dtype).float()
-        kept = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        keys, values = (x.repeat(len(rows), 1, 1, 1) for x in (context.keys, context.values))
+        kept = everything.repeat(len(rows), 1, 1)
+        plans = [row or (None,) * heads for row in rows]
+        touched = torch.tensor([[plan is not None for plan in row] for row in plans], device=keys.device)
+        keys[touched], values[touched] = keys[touched].to(self.dtype).float(), values[touched].to(self.dtype).float()
         first, tokens = min(self.pinned.sinks, self.length), self.pinned.compressible(self.length)
-        kept[:, first : first + tokens] = False
-        ranked = first + context.scores[heads, first : first + tokens].argsort(dim=1, descending=True, stable=True)
-        begin = 0
-        for tier, count in zip(plan.tiers, plan.counts(tokens)):
-            taken = ranked[:, begin : begin + count].sort(dim=1).values  # [h, n]
-            rows = taken[..., None].expand(-1, -1, keys.shape[-1])
-            some_keys, some_values = context.keys[heads].gather(1, rows), context.values[heads].gather(1, rows)
-            keys.scatter_(1, rows, roundtrip_keys(plan.format, some_keys, tier.key_bits, self.dtype))
-            values.scatter_(1, rows, roundtrip_values(plan.format, some_values, tier.value_bits, self.dtype))
-            kept.scatter_(1, taken, True)
-            begin += count
+        kept[..., first : first + tokens] &= ~touched[..., None]
+        ranked = first + context.scores[:, first : first + tokens].argsort(dim=1, descending=True, stable=True)
+        key_runs, value_runs = _Runs(), _Runs()
+        for (a, h), plan in ((place, plans[place[0]][place[1]]) for place in touched.nonzero().tolist()):
+            begin = 0
+            for tier, count in zip(plan.tiers, plan.counts(tokens)):
+                taken = ranked[h, begin : begin + count].sort().values  # in order of position, as they are packed
+                kept[a, h, taken] = True
+                source, target = h * length + taken, (a * heads + h) * length + taken
+                key_runs.add((plan.format, tier.key_bits), source, target)
+                value_runs.add((plan.format, tier.value_bits), source, target)
+                begin += count
+        key_runs.write(context.keys, keys, roundtrip_keys, self.dtype)
+        value_runs.write(context.values, values, roundtrip_values, self.dtype)
         return keys, values, kept
 
 
-def _heads_of_plans(rows: Sequence[Sequence[HeadPlan | None] | None]) -> dict[HeadPlan, list[int]]:
-    """The heads that need each plan in at least one row."""
-    heads: dict[HeadPlan, set[int]] = {}
-    for row in rows:
-        for h, plan in enumerate(row or ()):
-            if plan is not None:
-                heads.setdefault(plan, set()).add(h)
-    return {plan: sorted(found) for plan, found in heads.items()}
+class _Runs:
+    """Runs of tokens to be compressed, those of one format and precision together: few large operations, not many small."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, stored: tuple[str, int], source: Tensor, target: Tensor) -> None:
+        """A run of rows `source` of the context, to be written to rows `target`."""
+        self.found.setdefault(stored, []).append((source, target))
+
+    def write(self, context: Tensor, out: Tensor, roundtrip: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        """Context [H_kv, N, D], after compression, into out [A, H_kv, N, D]."""
+        for (fmt, bits), runs in self.found.items():
+            sources, targets = zip(*runs)
+            lengths = torch.tensor([len(source) for source in sources], device=context.device)
+            rows = context.flatten(0, 1)[torch.cat(sources)]
+            out.view(-1, out.shape[-1])[torch.cat(targets)] = roundtrip(fmt, rows, lengths, bits, dtype)
 
 
 def _repeated(layer: DynamicSlidingWindowLayer, batch: int) -> DynamicSlidingWindowLayer:

@@ -97,7 +97,7 @@ def test_the_curve_falls(allocations):
     for allocation in allocations.values():
         curve = allocation.curve()
         assert (np.diff(curve.budget_share) > 0).all()
-        assert (np.diff(curve.predicted_loss_bits) <= 1e-12).all()
+        assert (np.diff(curve.price_sum_bits) <= 1e-12).all()
 
 
 def test_whole_budget_is_the_full_cache(embedded):

@@ -23,6 +23,8 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
         axes.axhline(0, color="0.8", linewidth=0.8)
         for color, (policy, (marker, line)) in zip(COLORS, MARKS.items()):
             some = table[table.policy == policy].sort_values("bits_per_token")
+            if some.empty:
+                continue
             spread = [some.retained_bits - some.low_bits, some.high_bits - some.retained_bits]
             axes.errorbar(
                 some.bits_per_token,

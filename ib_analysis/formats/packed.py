@@ -164,28 +164,26 @@ def tokens_nbytes(
 
 
 @torch.no_grad()
-def roundtrip_keys(format_name: str, x: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Quantize and dequantize keys x [..., n, D], each [n, D] slice one run: fp32 [..., n, D].
+def roundtrip_keys(format_name: str, x: Tensor, lengths: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Quantize and dequantize keys x [N, D], runs of lengths [P] one after the other: fp32 [N, D].
 
     Bit for bit what `PackedTokens.unpack` gives for the same runs; `bits` = 16 rounds to `dtype`.
     Raises ValueError for an unknown format, precision or dtype.
     """
-    return _roundtrip(Codec(get_format(format_name).keys, bits, x.shape[-1], dtype), x)
+    return _roundtrip(Codec(get_format(format_name).keys, bits, x.shape[-1], dtype), x, lengths)
 
 
 @torch.no_grad()
-def roundtrip_values(format_name: str, x: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """As `roundtrip_keys`, for values x [..., n, D]."""
-    return _roundtrip(Codec(get_format(format_name).values, bits, x.shape[-1], dtype), x)
+def roundtrip_values(format_name: str, x: Tensor, lengths: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """As `roundtrip_keys`, for values x [N, D]."""
+    return _roundtrip(Codec(get_format(format_name).values, bits, x.shape[-1], dtype), x, lengths)
 
 
-def _roundtrip(codec: Codec, x: Tensor) -> Tensor:
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ValueError(f"expected floats [..., n, D], got {x.dtype} {list(x.shape)}")
-    runs = x.shape[:-2].numel()
-    lengths = torch.full((runs,), x.shape[-2], device=x.device)
-    rows = x.float().reshape(runs * x.shape[-2], x.shape[-1])
-    return codec.roundtrip(rows, lengths).reshape(x.shape)
+def _roundtrip(codec: Codec, x: Tensor, lengths: Tensor) -> Tensor:
+    if not x.is_floating_point() or x.ndim != 2:
+        raise ValueError(f"expected floats [N, D], got {x.dtype} {list(x.shape)}")
+    ragged.check(x, lengths)
+    return codec.roundtrip(x.float(), lengths)
 
 
 def _check(keys: Tensor, values: Tensor, lengths: Tensor) -> None:

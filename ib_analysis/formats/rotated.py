@@ -65,18 +65,20 @@ ROTATED = Format("rotated", RotatedKeys(), RotatedValues())
 def rotate(x: Tensor) -> Tensor:
     """Multiply rows [N, D] by the orthonormal block-Hadamard matrix of the largest power of two that divides D.
 
-    The matrix is symmetric, so it is its own inverse. It is applied by butterflies because in a matrix
-    product the order of the additions, and with it the last bit of the result, depends on N.
+    The matrix is symmetric, so it is its own inverse. It is applied by butterflies because in a matrix product the order of
+    the additions, and with it the last bit of the result, depends on N; on columns, because these are long.
     """
     tokens, head_dim = x.shape
     block = head_dim & -head_dim
+    columns, spare = x.t().contiguous(), x.new_empty(head_dim, tokens)
     half = 1
     while half < block:
-        pairs = x.reshape(tokens, head_dim // (2 * half), 2, half)
-        left, right = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack((left + right, left - right), dim=2)
+        pairs, rotated = (x.view(head_dim // (2 * half), 2, half, tokens) for x in (columns, spare))
+        torch.add(pairs[:, 0], pairs[:, 1], out=rotated[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=rotated[:, 1])
+        columns, spare = spare, columns
         half *= 2
-    return x.reshape(tokens, head_dim) / math.sqrt(block)
+    return columns.div_(math.sqrt(block)).t().contiguous()
 
 
 def _quantize_rotated(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ib_analysis.errors import CalibrationError
 from ib_analysis.tasks.prompt import Prompt
 
 CHARACTERS_PER_TOKEN = 4  # more than the text has on average, so that an excerpt is long enough
-TAIL_TOKENS = 64
+TAIL_TOKENS = 32
 TAIL_SHARE = 1 / 8
 
 
@@ -36,7 +36,7 @@ def line_starts(document: str, room: int) -> list[int]:
 def text(rng: random.Random, length: int) -> Prompt:
     """An excerpt from the start of a line on, in at most `length` tokens of the embedded tokenizer.
 
-    The answer is its tail: the last 64 tokens, at most an eighth. Both ends are cut between words.
+    The answer is its tail: the last 32 tokens, at most an eighth. Both ends are cut between words.
     """
     room = CHARACTERS_PER_TOKEN * length
     documents = [document for document in held_out_documents() if len(document) >= room]

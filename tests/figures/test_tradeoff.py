@@ -1,0 +1,33 @@
+"""The trade-off figure plots its table, and is written with it."""
+
+import pandas as pd
+
+from ib_analysis.figures.style import save_figure
+from ib_analysis.figures.tradeoff import plot_tradeoff
+
+TABLE = pd.DataFrame(
+    [
+        ("optimal", 0.25, 512.0, 1.9, 1.8, 1.95, 2.0),
+        ("optimal", 0.125, 256.0, 1.7, 1.5, 1.8, 2.0),
+        ("uniform", 0.25, 512.0, 1.5, 1.2, 1.6, 2.0),
+        ("prune-only", 0.25, 512.0, -0.5, -0.8, -0.2, 2.0),
+    ],
+    columns=["policy", "share", "bits_per_token", "retained_bits", "low_bits", "high_bits", "information_bits"],
+)
+
+
+def test_every_row_is_a_point():
+    axes = plot_tradeoff(TABLE).axes[0]
+    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    assert lines["optimal"].get_xydata().tolist() == [[256.0, 1.7], [512.0, 1.9]]
+    assert lines["prune-only"].get_xydata().tolist() == [[512.0, -0.5]]
+    assert "quantize-only" not in lines
+
+
+def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
+    contents = []
+    for _ in range(2):
+        save_figure(plot_tradeoff(TABLE), TABLE, tmp_path / "figure")
+        contents.append([(tmp_path / f"figure.{kind}").read_bytes() for kind in ("pdf", "png", "csv")])
+    assert contents[0] == contents[1]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figure.csv"), TABLE)
