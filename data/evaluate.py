@@ -28,12 +28,12 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis import load
+from ib_analysis.attention import cache_argument
 from ib_analysis.embedded import CARD, HELD_OUT, MODEL, with_measured
 from ib_analysis.tasks import TASKS, Prompt
 
 ANSWERED = ("retrieval", "needles", "copying", "frequency")
 LENGTHS_TOKENS = (128, 256, 512, 1024)
-DEPTH_LENGTHS_TOKENS = (512, 1024)
 DEPTH_BINS = 5
 EVICTION_LENGTH_TOKENS = 512
 NEAR_TOKENS, FAR_TOKENS = 32, 128  # behind the line that holds the answer
@@ -109,9 +109,14 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 # Eviction and attention
 
 
+def answer_text(prompt: Prompt) -> str:
+    """The line of the context that answers a question about a pair."""
+    return f"- {prompt.question.removeprefix('Find ')}{prompt.answer}"
+
+
 def answer_line(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> range:
-    """Where the tokens of the line that answers the question are in the encoded context."""
-    line = f"- {prompt.question.removeprefix('Find ')}{prompt.answer}"
+    """Where the tokens of that line are in the encoded context."""
+    line = answer_text(prompt)
     start = prompt.context.index(line)
     before, through = (len(tokenizer(prompt.context[:end]).input_ids) for end in (start, start + len(line)))
     return range(before, through)
@@ -130,7 +135,7 @@ def without(cache: DynamicCache, positions: Sequence[int]) -> DynamicCache:
 def next_token(model: PreTrainedModel, cache: DynamicCache, ids: list[int], position: int) -> int:
     """The likeliest token behind `ids`, which stand from `position` on, whatever the cache has lost before them."""
     positions = torch.arange(position, position + len(ids))[None]
-    return int(model(torch.tensor([ids]), past_key_values=cache, position_ids=positions).logits[0, -1].argmax())
+    return int(model(torch.tensor([ids]), **cache_argument(model, cache), position_ids=positions).logits[0, -1].argmax())
 
 
 def evictions(line: range, context_tokens: int, rng: random.Random) -> dict[str, Sequence[int]]:
@@ -161,7 +166,7 @@ def right_after_evictions(
         context = tokenizer(prompt.context).input_ids
         asked, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in prompt.turns[0])
         cache = DynamicCache()
-        model(torch.tensor([context]), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([context]), **cache_argument(model, cache), logits_to_keep=1)
         line = answer_line(prompt, tokenizer)
         for name, positions in evictions(line, len(context), random.Random(f"{SEED} evict {number}")).items():
             guess = next_token(model, without(cache, positions), asked, len(context))
@@ -268,14 +273,18 @@ def accuracy_section(found: dict[tuple[str, int], list[Score]], count: int) -> s
 
 def depth_section(found: dict[tuple[str, int], list[Score]]) -> str:
     rows = []
-    for length in DEPTH_LENGTHS_TOKENS:
-        right: list[list[float]] = [[] for _ in range(DEPTH_BINS)]
+    for length in LENGTHS_TOKENS:
+        right: list[list[float]] = [[] for _ in range(DEPTH_BINS + 1)]
         for score in found["retrieval", length]:
-            right[min(DEPTH_BINS - 1, int(score.prompt.depth_share * DEPTH_BINS))].append(score.first_right)
+            last = score.prompt.context.endswith(answer_text(score.prompt))
+            right[DEPTH_BINS if last else int(score.prompt.depth_share * DEPTH_BINS)].append(score.first_right)
         rows.append([str(length), *(f"{np.mean(shares):.3f} of {len(shares)}" if shares else "none" for shares in right)])
-    text = "First token right, by where the pair asked for lies: 0 is the start of the context, 1 its end."
+    text = (
+        "First token right, by where the line of the pair asked for begins: 0 is the start of the context, 1 its end. "
+        "Pairs in the very last line are counted apart."
+    )
     depths = [f"depth {i / DEPTH_BINS:.1f} to {(i + 1) / DEPTH_BINS:.1f}" for i in range(DEPTH_BINS)]
-    return section("Retrieval by depth", text, ["tokens", *depths], rows)
+    return section("Retrieval by depth", text, ["tokens", *depths, "last line"], rows)
 
 
 def eviction_section(right: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:

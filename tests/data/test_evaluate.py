@@ -3,6 +3,8 @@
 import math
 import random
 
+import corpus
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -11,27 +13,27 @@ from evaluate import (
     FAR_TOKENS,
     LENGTHS_TOKENS,
     NEAR_TOKENS,
+    Score,
     answer_line,
     attention_of_last_token,
     batches,
+    depth_section,
     encode,
     evictions,
     model_bits,
     next_token,
     prompts_of,
     scores,
+    text_section,
+    training_texts,
     wilson,
     without,
 )
 from scipy.stats import binomtest
 from transformers import DynamicCache
 
-from ib_analysis import load
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    return load()
+from ib_analysis.attention import cache_argument
+from ib_analysis.tasks import Prompt
 
 
 @pytest.mark.parametrize("task", ANSWERED)
@@ -103,7 +105,7 @@ def test_the_answer_line_is_the_line_asked_for(embedded):
 
 def read(model, ids: list[int]) -> DynamicCache:
     cache = DynamicCache()
-    model(torch.tensor([ids]), past_key_values=cache)
+    model(torch.tensor([ids]), **cache_argument(model, cache))
     return cache
 
 
@@ -136,7 +138,7 @@ def test_eviction_equals_hiding_the_tokens_from_the_question(embedded):
     with torch.inference_mode():
         expected = model(torch.tensor([context + asked]), attention_mask=mask[None, None]).logits[0, -1]
         smaller = without(read(model, context), hidden)
-        found = model(torch.tensor([asked]), past_key_values=smaller, position_ids=positions).logits[0, -1]
+        found = model(torch.tensor([asked]), **cache_argument(model, smaller), position_ids=positions).logits[0, -1]
         whole = model(torch.tensor([context + asked])).logits[0, -1]
         guess = next_token(model, without(read(model, context), hidden), asked, len(context))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
@@ -214,3 +216,29 @@ def test_bits_of_a_short_text_are_those_of_one_pass(embedded):
         logits = model(torch.tensor([[1, *ids]])).logits[0, :-1].double()
     expected = -torch.log_softmax(logits, -1)[range(len(ids)), ids] / math.log(2)
     np.testing.assert_allclose(model_bits(model, [ids], 1), expected.numpy(), atol=1e-3)
+
+
+def test_depth_table_counts_the_last_line_apart():
+    pairs = "- a b\n- c d\n"
+    early = Score(Prompt("retrieval", pairs, (("Find a", " b\n"),), depth_share=0.25), 1, 1, 1)
+    late = Score(Prompt("retrieval", pairs + "The end.\n", (("Find c", " d\n"),), depth_share=0.9), 1, 1, 1)
+    last = Score(Prompt("retrieval", pairs, (("Find c", " d\n"),), depth_share=0.9), 0, 0, 0)
+    text = depth_section({("retrieval", length): [early, late, last, last] for length in LENGTHS_TOKENS})
+    assert "| 512 | none | 1.000 of 1 | none | none | 1.000 of 1 | 0.000 of 2 |\n" in text
+
+
+def test_another_standard_library_leaves_the_ngrams_out(embedded, monkeypatch):
+    monkeypatch.setattr(corpus, "split", lambda: (["training"], ["another held-out text"]))
+    assert training_texts() is None
+    monkeypatch.setattr(evaluate, "held_out_texts", lambda: ["def read(path):\n    return path\n"])
+    text = text_section(*embedded)
+    assert "No n-gram models" in text and "Kneser-Ney" not in text and "this model" in text
+    monkeypatch.setattr(corpus, "split", lambda: (["def write(path):\n    pass\n"], evaluate.held_out_texts()))
+    text = text_section(*embedded)
+    assert "No n-gram models" not in text and "Kneser-Ney 5-gram" in text and "unigram" in text
+
+
+def test_figures_of_another_model_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(tmp_path), "--write"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
