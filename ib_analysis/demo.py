@@ -168,7 +168,7 @@ def _report(rows: list[Row], allocations: list[Allocation], answers: list[str], 
         "|---|---|---|---:|---:|---:|---:|---:|",
         *map(_line, rows),
         "",
-        "| budget | heads alone, summed | predicted: together | on validation prompts | model error | solver gap | minimum context |",
+        "| budget | heads alone, summed | predicted together | on validation | model error | solver gap | minimum context |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for allocation in allocations:

@@ -172,7 +172,7 @@ def test_extras_of_attention_are_honoured(name, extra):
         cache = CompressedCache(shape, plans, PINNED, SCORERS["value_aware"])
         model(ids[:, :30], **cache_argument(model, cache))
         found = model(ids[:, 30:], **cache_argument(model, cache)).logits
-    assert (found - expected).abs().max() < 1e-3 * expected.std()
+    assert (found - expected).abs().max() < 0.01 * expected.std()
 
 
 def test_nothing_of_the_full_cache_survives_the_prefill():

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ib_analysis.figures.style import PAGE_INCHES, RC, new_figure
 
 MOST_NUMBERS = 96  # cells; beyond, numbers would not fit
-PANELS = (("token_share", "tokens kept (share)", 0, 1), ("key_bits", "key bits", 0, 16), ("value_bits", "value bits", 0, 16))
+PANELS = (("token_share", "tokens kept (share)", 0, 1), ("key_bits", "key bits", 0, 8), ("value_bits", "value bits", 0, 8))
 
 
 def head_table(tiers: pd.DataFrame) -> pd.DataFrame:

@@ -38,6 +38,6 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
             )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("stored bits per context token")
-        axes.set_ylabel("retained information (bits per predicted token)")
+        axes.set_ylabel("retained (bits per predicted token)")
         axes.legend(frameon=False)
     return figure
