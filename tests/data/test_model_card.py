@@ -16,6 +16,7 @@ from evaluate import (
     scores,
     weights_checksum,
 )
+from train import SETTINGS
 from transformers import AutoTokenizer
 
 from ib_analysis.embedded import BEGIN, CARD, END, MODEL, measured, with_measured
@@ -108,6 +109,13 @@ def test_stated_sizes(card, embedded):
     config = model.config
     cache_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert f"{cache_bytes:,} bytes a token" in card
+
+
+def test_stated_training(card):
+    stages = [stage for name in ("first", "second") for stage in SETTINGS[name].stages]
+    tokens = [stage.steps * stage.rows * stage.length for stage in stages]
+    for number in (*tokens, sum(tokens)):
+        assert f"{number:,}" in card
 
 
 def test_other_figures_change_nothing_else(card):
