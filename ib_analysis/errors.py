@@ -27,3 +27,7 @@ class CorruptFileError(IBAnalysisError, ValueError):
 
 class ModelNotFoundError(IBAnalysisError, OSError):
     """No model at the name or path given."""
+
+
+class EstimatorError(IBAnalysisError, ValueError):
+    """Samples from which an estimator can say nothing: NaN, constant, too few, or of the wrong kind."""

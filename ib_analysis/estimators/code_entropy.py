@@ -1,0 +1,45 @@
+"""Information that integer codes hold about what they are computed from: their entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+
+from ib_analysis.errors import EstimatorError
+from ib_analysis.estimators.bootstrap import bootstrap_interval
+from ib_analysis.estimators.entropy import column_entropies_bits, distinct_values, occurrences
+from ib_analysis.estimators.estimate import FEWEST_DOCUMENTS, TOO_FEW, Estimate, flagged
+from ib_analysis.estimators.gaussian import NORMAL_QUANTILE
+from ib_analysis.estimators.samples import Array, Samples, as_numbers, check_documents, check_pairs
+
+SAMPLES_PER_LEVEL = 10
+
+
+@dataclass(frozen=True)
+class CodeEntropy:
+    """sum_j H(y_j) of the columns of codes y: the memoryless code rate, with the correction of Miller and Madow.
+
+    I(X; Y) = H(Y) if y is a function of x, and the sum is at least H(Y): it ignores what columns share. For a tighter value
+    subtract `total_correlation_bits` of the codes, which is exact for Gaussians at high resolution. x is not looked at.
+    """
+
+    name: ClassVar[str] = "code_entropy"
+
+    def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
+        """See Estimator; y may hold integers, or floats that take few values. A constant column has no entropy."""
+        first, codes = as_numbers("x", x), as_numbers("y", y)
+        check_pairs(first, codes)
+        count = codes.shape[-2]
+        samples = Samples(first, codes, check_documents(documents, count))
+        occurrence = occurrences(codes)
+        levels = distinct_values(occurrence)  # [..., dy]
+        if torch.as_tensor(y).is_floating_point() and (levels > count / 2).any():
+            raise EstimatorError("y takes as many values as there are samples: pass integer codes, or use DitheredChannel")
+        bits = column_entropies_bits(codes).sum(-1)
+        low, high = bootstrap_interval(bits, -occurrence.double().log2().sum(-1), samples.documents)
+        least = NORMAL_QUANTILE * ((levels - 1).sum(-1) / 2).sqrt() / count / log(2)  # of uniform codes, whose influence is 0
+        few = (count < SAMPLES_PER_LEVEL * levels.amax(-1)) | (samples.documents_count < FEWEST_DOCUMENTS)
+        return flagged(bits, low.minimum(bits - least), high.maximum(bits + least), {TOO_FEW: few})

@@ -1,0 +1,52 @@
+"""Every estimator on every task whose information is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ib_analysis.errors import EstimatorError
+from ib_analysis.estimators import ESTIMATORS
+from ib_analysis.estimators.estimate import Estimator
+from ib_analysis.tasks.known_information import KNOWN_TASKS, KnownTask
+
+
+def compare(
+    samples: int = 10_000,
+    estimators: Iterable[Estimator] = tuple(ESTIMATORS.values()),
+    tasks: Iterable[KnownTask] = tuple(KNOWN_TASKS.values()),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row a task and estimator: truth, estimate, error and interval in bits, whether it covers, flags, seconds.
+
+    `refused` says why an estimator declined: entropy of codes where there are none, say. Its numbers are then NaN.
+    """
+    pairs = [(task, method) for task in tasks for method in estimators]
+    return pd.DataFrame([_row(task, method, samples, seed) for task, method in tqdm(pairs, "estimators")])
+
+
+def _row(task: KnownTask, method: Estimator, samples: int, seed: int) -> dict[str, Any]:
+    x, y = task.sample(samples, np.random.default_rng(seed))
+    row: dict[str, Any] = {"task": task.name, "estimator": method.name, "truth_bits": task.information_bits}
+    start = perf_counter()
+    try:
+        estimate = method.estimate(x, y)
+    except EstimatorError as error:
+        return {**row, "refused": str(error)}
+    low, high = (float(end) for end in estimate.interval)
+    return {
+        **row,
+        "bits": float(estimate.bits),
+        "error_bits": float(estimate.bits) - task.information_bits,
+        "low_bits": low,
+        "high_bits": high,
+        "covers": low <= task.information_bits <= high,
+        "flags": ", ".join(estimate.flags),
+        "seconds": perf_counter() - start,
+        "refused": "",
+    }

@@ -1,0 +1,50 @@
+"""Entropy of variables that take few values, column by column."""
+
+from __future__ import annotations
+
+from math import log, log2
+
+import torch
+from torch import Tensor
+
+PROBE = 64  # samples among which a column of few values is expected to repeat itself
+SAMPLES_PER_VALUE = 8  # a column counts as discrete if its values occur so often on average
+
+
+def occurrences(values: Tensor) -> Tensor:
+    """How often each value of values [..., N, d] occurs in its column: int64 [..., N, d]."""
+    columns = values.mT.contiguous()  # [..., d, N]
+    ordered = columns.sort(dim=-1).values
+    return (torch.searchsorted(ordered, columns, right=True) - torch.searchsorted(ordered, columns)).mT
+
+
+def distinct_values(occurrence: Tensor) -> Tensor:
+    """How many values each column takes [..., d], from its occurrences [..., N, d]."""
+    return occurrence.double().reciprocal().sum(-2).round()
+
+
+def column_entropies_bits(values: Tensor) -> Tensor:
+    """Entropy in bits of each column [..., d] of values [..., N, d].
+
+    Plug-in entropy plus the correction (K - 1) / 2N nats of Miller (1955) and Madow (1954), but no more than the log of the
+    range of the values, if these are integers.
+    """
+    count = values.shape[-2]
+    occurrence = occurrences(values)
+    entropy = log2(count) - occurrence.double().log2().mean(-2)
+    entropy = entropy + (distinct_values(occurrence) - 1) / (2 * count * log(2))
+    integers = (values == values.round()).all(-2)
+    levels = values.amax(-2).double() - values.amin(-2).double() + 1
+    return entropy.minimum(levels.log2().where(integers, torch.inf))
+
+
+def entropy_limit_bits(values: Tensor) -> Tensor:
+    """Upper bound in bits [...] on the entropy of values [..., N, d]: the sum over columns; infinite where one is continuous."""
+    limit = torch.full(values.shape[:-2], torch.inf, dtype=torch.float64, device=values.device)
+    probe = values[..., :PROBE, :].sort(dim=-2).values
+    suspects = (probe.diff(dim=-2) == 0).any(-2).all(-1)  # [...]; continuous values never repeat
+    if suspects.any():
+        few = values[suspects]
+        discrete = (distinct_values(occurrences(few)) * SAMPLES_PER_VALUE <= values.shape[-2]).all(-1)
+        limit[suspects] = column_entropies_bits(few).sum(-1).where(discrete, torch.inf)
+    return limit

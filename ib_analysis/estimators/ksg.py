@@ -1,0 +1,122 @@
+"""Information from distances to nearest neighbours (Kraskov, Stögbauer & Grassberger 2004, arXiv cond-mat/0305641)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from scipy.special import digamma, stdtrit
+from torch import Tensor
+
+from ib_analysis.errors import EstimatorError
+from ib_analysis.estimators.bootstrap import LEVEL
+from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
+from ib_analysis.estimators.samples import Array, check_samples, standardized
+
+PARTS = 8  # disjoint parts of the documents, from which the interval comes
+ROWS = 64  # of the distance matrix at once: small enough for the processor's cache
+LEAST_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
+
+
+@dataclass(frozen=True)
+class KSG:
+    """The first estimator of the paper (equation 8): max-norm over x and y, Euclidean distance within each.
+
+    psi(k) + psi(N) - E[psi(n_x + 1) + psi(n_y + 1)], where n counts samples nearer than the k-th neighbour. It cannot exceed
+    psi(N) - psi(k), and is biased towards 0 in more than a few dimensions: a cross-check there. Time grows as N^2, except for
+    scalars. Columns are standardised first. The interval comes from disjoint parts of the documents, drawn without
+    replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
+    """
+
+    neighbours: int = 10
+    name: ClassVar[str] = "ksg"
+
+    def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
+        """See Estimator. Needs 8 documents with more than k samples each eighth, and no more than k equal pairs."""
+        samples = check_samples(x, y, documents)
+        shape = samples.x.shape[:-2]
+        parts = _parts(samples.documents)
+        if min(len(part) for part in parts) <= self.neighbours:
+            raise EstimatorError(f"{samples.count} samples are too few: each of {PARTS} parts needs more than {self.neighbours}")
+        heads = zip(*(standardized(values).reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y)))
+        values = np.array([self._estimate_head(head_x, head_y, parts) for head_x, head_y in heads])
+        bits, halves, quarters, error = torch.as_tensor(values.T / log(2)).reshape(4, *shape)
+        width = error * float(stdtrit(PARTS - 1, (1 + LEVEL) / 2))
+        ceiling = float(digamma(samples.count) - digamma(self.neighbours)) / log(2)
+        flags = {SATURATED: bits > SATURATED_SHARE * ceiling, NOT_CONVERGED: drifts(bits, halves, quarters, error)}
+        return limited(samples, bits, bits - width, bits + width, flags)
+
+    def _estimate_head(self, x: Tensor, y: Tensor, parts: list[NDArray[np.int64]]) -> tuple[float, float, float, float]:
+        """Nats of all samples, means over halves and over quarters, and the standard error."""
+        eighths, quarters, halves = (
+            [information_nats(x[rows], y[rows], self.neighbours) for rows in _joined(parts, size)] for size in (1, 2, 4)
+        )
+        error = float(np.std(eighths, ddof=1)) / PARTS**0.5
+        return information_nats(x, y, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error
+
+
+def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
+    """The estimate from standardised x [N, dx] and y [N, dy]."""
+    if x.shape[-1] == y.shape[-1] == 1:
+        near_x, near_y = _counts_of_scalars(x.cpu().numpy(), y.cpu().numpy(), neighbours)
+    else:
+        near_x, near_y = _counts_of_vectors(x, y, neighbours)
+    return float(digamma(neighbours) + digamma(len(x)) - np.mean(digamma(near_x) + digamma(near_y)))
+
+
+def _counts_of_scalars(
+    x: NDArray[np.float64], y: NDArray[np.float64], neighbours: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each."""
+    pairs = np.concatenate([x, y], axis=1)
+    radius = np.asarray(cKDTree(pairs).query(pairs, neighbours + 1, p=np.inf)[0])[:, -1]
+    _check_radius(float(radius.min()) ** 2, neighbours)
+
+    def nearer(values: NDArray[np.float64]) -> NDArray[np.int64]:
+        ordered = np.sort(values)
+        return np.searchsorted(ordered, values + radius, "left") - np.searchsorted(ordered, values - radius, "right")
+
+    return nearer(x[:, 0]), nearer(y[:, 0])
+
+
+def _counts_of_vectors(x: Tensor, y: Tensor, neighbours: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same from all pairs of distances: trees are slower than that from five dimensions on."""
+    counts = []
+    norms_x, norms_y = x.square().sum(-1), y.square().sum(-1)  # [N]
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        squared_x = torch.addmm(norms_x + norms_x[rows, None], x[rows], x.T, alpha=-2)  # [rows, N]
+        squared_y = torch.addmm(norms_y + norms_y[rows, None], y[rows], y.T, alpha=-2)
+        nearest = torch.maximum(squared_x, squared_y).topk(neighbours + 1, largest=False).values  # the first is itself
+        radius = nearest[:, -1:]
+        counts.append(torch.stack([_row_counts(squared_x < radius), _row_counts(squared_y < radius)]))
+        _check_radius(float(radius.min()), neighbours)
+    near_x, near_y = torch.cat(counts, dim=1).cpu().numpy()
+    return near_x, near_y
+
+
+def _row_counts(mask: Tensor) -> Tensor:
+    return mask.view(torch.uint8).sum(-1, dtype=torch.int32)  # several times faster than summing booleans
+
+
+def _check_radius(squared: float, neighbours: int) -> None:
+    if squared < LEAST_SQUARED_RADIUS:
+        raise EstimatorError(f"more than {neighbours} samples are equal: KSG needs continuous variables, see CodeEntropy")
+
+
+def _parts(documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Samples of 8 disjoint random parts of the documents."""
+    count = int(documents.max()) + 1
+    if count < PARTS:
+        raise EstimatorError(f"{count} documents are too few for an interval: pass at least {PARTS}")
+    part = np.random.default_rng(0).permutation(count) % PARTS  # [documents]
+    return [np.flatnonzero(part[documents] == number) for number in range(PARTS)]
+
+
+def _joined(parts: list[NDArray[np.int64]], size: int) -> list[NDArray[np.int64]]:
+    return [np.concatenate(parts[start : start + size]) for start in range(0, PARTS, size)]

@@ -1,0 +1,105 @@
+"""Checked samples of a pair of variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ib_analysis.errors import EstimatorError
+
+Array: TypeAlias = "Tensor | NDArray[np.generic]"
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """x [..., N, dx] and y [..., N, dy] float64 on one device, documents [N] numbered from 0."""
+
+    x: Tensor
+    y: Tensor
+    documents: NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def documents_count(self) -> int:
+        return int(self.documents.max()) + 1
+
+    @property
+    def dim_x(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def dim_y(self) -> int:
+        return self.y.shape[-1]
+
+
+def check_samples(x: Array, y: Array, documents: Array | None) -> Samples:
+    """Samples of continuous variables. Raises EstimatorError if they are not: wrong shape or dtype, NaN, constant."""
+    first, second = as_floats("x", x), as_floats("y", y)
+    check_pairs(first, second)
+    samples = Samples(first, second.to(first.device), check_documents(documents, first.shape[-2]))
+    _check_varies("x", samples.x)
+    _check_varies("y", samples.y)
+    return samples
+
+
+def as_floats(name: str, values: Array) -> Tensor:
+    """Finite float64 [..., N, d] of floats. Raises EstimatorError otherwise."""
+    if not torch.as_tensor(values).is_floating_point():
+        raise EstimatorError(f"{name} must hold floats: pass the values that codes stand for, or use CodeEntropy for codes")
+    return as_numbers(name, values)
+
+
+def as_numbers(name: str, values: Array) -> Tensor:
+    """Finite float64 [..., N, d] of floats or of integers. Raises EstimatorError otherwise."""
+    tensor = torch.as_tensor(values)
+    if tensor.ndim < 2:
+        raise EstimatorError(f"{name} must have shape [..., N, d], got {list(tensor.shape)}: pass scalars as {name}[:, None]")
+    if not torch.isfinite(tensor).all():
+        bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise EstimatorError(f"{name} holds NaN or infinity, first at index {bad}")
+    return tensor.detach().to(torch.float64)
+
+
+def check_pairs(x: Tensor, y: Tensor, least: int = 2) -> None:
+    """Raises EstimatorError unless x [..., N, dx] and y [..., N, dy] are samples of the same N >= least pairs."""
+    if x.shape[:-1] != y.shape[:-1]:
+        raise EstimatorError(f"x {list(x.shape)} and y {list(y.shape)} must agree in all but their last dimension")
+    if 0 in (*x.shape, *y.shape):
+        raise EstimatorError(f"x {list(x.shape)} and y {list(y.shape)} must not be empty")
+    if x.shape[-2] < least:
+        raise EstimatorError(f"one sample says nothing about information: pass at least {least}")
+
+
+def check_documents(documents: Array | None, count: int) -> NDArray[np.int64]:
+    """Documents [N] numbered from 0; each sample its own where none are given."""
+    if documents is None:
+        return np.arange(count)
+    names = documents.cpu().numpy() if isinstance(documents, Tensor) else np.asarray(documents)
+    if names.shape != (count,):
+        raise EstimatorError(f"documents must name the document of each of the {count} samples, got shape {list(names.shape)}")
+    numbers = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    if numbers.max() == 0:
+        raise EstimatorError("all samples come from one document: an interval needs at least two")
+    return numbers
+
+
+def standardized(values: Tensor) -> Tensor:
+    """Values [..., N, d] with mean 0 and variance 1 in each column."""
+    centred = values - values.mean(-2, keepdim=True)
+    return centred / centred.square().mean(-2, keepdim=True).sqrt()
+
+
+def _check_varies(name: str, values: Tensor) -> None:
+    constant = (values == values[..., :1, :]).all(-2)  # [..., d]
+    if constant.any():
+        *head, column = constant.nonzero()[0].tolist()
+        where = f" of head {head}" if head else ""
+        raise EstimatorError(f"column {column}{where} of {name} is constant: drop it, it carries no information")
