@@ -50,7 +50,7 @@ class Allocation:
     price_sum_bits: float  # sum of the heads' prices: the measured losses of compressing each of them alone
     predicted_loss_bits: float  # loss of compressing all of them, measured on the calibration prompts
     solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
-    dual_bound: float  # no allocation within the budget has a smaller sum of prices
+    dual_bound: float  # no choice of measured options within the budget has a smaller sum of prices
     validation: Measurement | None  # on prompts that were not used to choose
     budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, sum of prices in bits)
 

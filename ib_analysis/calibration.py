@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ib_analysis.episodes import Episode
-from ib_analysis.errors import CalibrationError
+from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.options import head_options
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.pricing import gradient_prices
@@ -24,6 +24,7 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, cache_shape
 
 MOST_ROUNDS = 200
+SETTLED = 0.02
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
 DIGESTED = 256  # elements of each weight
@@ -142,19 +143,16 @@ def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, score
 
 
 def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path: Path | None = None) -> int:
-    """Lazy measurement: solve, measure the chosen options that are not measured yet, until all of them are.
+    """Lazy measurement: solve, measure the chosen options that are not measured yet, until that changes nothing.
 
-    Returns the number of measurements. Raises CalibrationError if the choices do not settle in 200 rounds.
+    It ends at a limit when the best choice among measured options is within 2% of the best among all, whose unmeasured
+    prices are proposals, mostly too low. Returns the number of measurements.
+    Raises CalibrationError if this takes more than 200 rounds.
     """
     count = 0
     with tqdm(desc="measuring options", leave=False) as progress:
         for _ in range(MOST_ROUNDS):
-            chosen = {
-                (head, option)
-                for limit in limits_bytes
-                for head, option in enumerate(profile.solve(limit).choice.tolist())
-                if not profile.measured[head, option]
-            }
+            chosen = {pair for limit in limits_bytes for pair in _to_measure(profile, limit)}
             if not chosen:
                 return count
             measure_options(profile, replays, sorted(chosen))
@@ -163,6 +161,19 @@ def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path
             if path is not None:
                 profile.save(path)
     raise CalibrationError(f"the chosen options did not settle in {MOST_ROUNDS} rounds: pass more prompts")
+
+
+def _to_measure(profile: Profile, limit_bytes: int) -> list[tuple[int, int]]:
+    """(head, option) of the best choice that are not measured yet; none if measuring them could gain no more than 2%."""
+    solution = profile.solve(limit_bytes)
+    pairs = [(head, int(option)) for head, option in enumerate(solution.choice) if not profile.measured[head, option]]
+    if not pairs or not profile.measured.any(1).all():
+        return pairs
+    try:
+        verified = profile.solve(limit_bytes, measured=True)
+    except BudgetError:  # the measured options are too large
+        return pairs
+    return [] if verified.loss <= (1 + SETTLED) * solution.loss else pairs
 
 
 def measure_options(profile: Profile, replays: Replays, pairs: Sequence[tuple[int, int]]) -> None:

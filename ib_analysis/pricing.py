@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from ib_kernels import merge, partial_attention
@@ -21,13 +22,29 @@ from ib_analysis.plan import HeadPlan
 from ib_analysis.replay import Replay, ReplayLayer
 
 SAMPLES = 4  # draws of the next tokens for one prompt
+HELD_ELEMENTS = 2**22  # of weights and values of one precision; some 30 precisions and shares are held at once
 
 
 def gradient_prices(replay: Replay, options: Sequence[HeadPlan], generator: torch.Generator) -> Tensor:
     """Predicted loss in bits per predicted token: float64 [heads, options], heads in the order of `shape.heads`."""
-    layers, gradients = _score_gradients(replay, generator)
-    rows = [_layer_prices(replay, i, layers[i], gradients[i], options) for i in replay.shape.compressible]
+    answered, gradients = _score_gradients(replay, generator)
+    rows = [_prices(replay, heads, answered, gradients, options) for heads in _alike(replay, answered)]
     return torch.cat(rows) / (len(replay.episode.predicting) * math.log(2))
+
+
+def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[int, int]]]:
+    """All heads in order, neighbours together whose layers are computed alike, as many as memory allows."""
+    chunks: list[list[tuple[int, int]]] = []
+    before: Any = None
+    for layer, head in replay.shape.heads:
+        rows = answered[layer].query.shape[1:3].numel() // replay.shape.layers[layer].kv_heads  # G * M
+        kind = (replay.shape.layers[layer], rows, answered[layer].scaling, answered[layer].extras.get("softcap"))
+        most = max(1, HELD_ELEMENTS // ((rows + 2 * replay.shape.layers[layer].head_dim) * replay.length))
+        if kind != before or len(chunks[-1]) == most:
+            chunks.append([])
+        before = kind
+        chunks[-1].append((layer, head))
+    return chunks
 
 
 def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[int, ReplayLayer], dict[int, Tensor]]:
@@ -55,25 +72,30 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
 
 
 class _Parts:
-    """Attention of a layer's follow-up queries to parts of its context, each computed once."""
+    """Attention of U heads' follow-up queries to parts of their contexts, each computed once."""
 
-    def __init__(self, replay: Replay, layer: int, answered: ReplayLayer) -> None:
-        context = replay.context(layer)
-        self.keys, self.values, self.dtype = context.keys, context.values, replay.dtype
-        kv_heads = self.keys.shape[0]
-        self.query = answered.query.detach()[0].reshape(kv_heads, -1, self.keys.shape[-1])  # [H_kv, G * M, D]
-        self.scaling, self.softcap = answered.scaling, answered.extras.get("softcap")
+    def __init__(self, replay: Replay, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer]) -> None:
+        contexts = {layer: replay.context(layer) for layer, _ in heads}
+        self.keys = torch.stack([contexts[layer].keys[h] for layer, h in heads])  # [U, N, D]
+        self.values = torch.stack([contexts[layer].values[h] for layer, h in heads])
+        scores = torch.stack([contexts[layer].scores[h] for layer, h in heads])
+        one = answered[heads[0][0]]
+        self.dtype, self.scaling, self.softcap = replay.dtype, one.scaling, one.extras.get("softcap")
+        kv_heads, head_dim = one.new_keys.shape[1], self.keys.shape[-1]
+        queries = {layer: answered[layer].query.detach()[0].reshape(kv_heads, -1, head_dim) for layer in contexts}
+        self.query = torch.stack([queries[layer][h] for layer, h in heads])  # [U, G * M, D]
         self.first = min(replay.pinned.sinks, replay.length)
         self.tokens = replay.pinned.compressible(replay.length)
-        self.ranked = context.scores[:, self.first : self.first + self.tokens].argsort(dim=1, descending=True, stable=True)
-        self.exact = self._exact(replay, answered)
+        self.ranked = scores[:, self.first : self.first + self.tokens].argsort(dim=1, descending=True, stable=True)
+        self.exact = self._exact(heads, answered)
         self._weights: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
         self._values: dict[tuple[str, int, int, int], Tensor] = {}
         self._rows: dict[tuple[int, int], Tensor] = {}
 
-    def _exact(self, replay: Replay, answered: ReplayLayer) -> tuple[Tensor, Tensor]:
+    def _exact(self, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer]) -> tuple[Tensor, Tensor]:
         """The part that is never compressed: sinks, window, the follow-up itself, a learnt sink."""
-        new_keys, new_values = answered.new_keys.detach()[0], answered.new_values.detach()[0]
+        new_keys = torch.stack([answered[layer].new_keys.detach()[0, h] for layer, h in heads])
+        new_values = torch.stack([answered[layer].new_values.detach()[0, h] for layer, h in heads])
         rest = self.first + self.tokens
         keys = torch.cat([self.keys[:, : self.first], self.keys[:, rest:], new_keys], dim=1)
         values = torch.cat([self.values[:, : self.first], self.values[:, rest:], new_values], dim=1)
@@ -84,14 +106,14 @@ class _Parts:
         out, lse = partial_attention(
             self.query, keys, values, visible.repeat(groups, 1).expand(len(keys), -1, -1), self.scaling, self.softcap
         )
-        sink = answered.extras.get("s_aux")
-        if sink is None:
+        if answered[heads[0][0]].extras.get("s_aux") is None:
             return out, lse
-        sink_lse = sink.detach().float().reshape(len(keys), groups, 1).expand(-1, -1, length).reshape(lse.shape)
+        learnt = [answered[layer].extras["s_aux"].detach().float().view(-1, groups)[h] for layer, h in heads]
+        sink_lse = torch.stack(learnt)[:, :, None].expand(-1, -1, length).reshape(lse.shape)
         return merge([out, torch.zeros_like(out)], [lse, sink_lse])
 
     def output(self, plan: HeadPlan) -> Tensor:
-        """Output [H_kv, G * M, D] of every head under this plan."""
+        """Output [U, G * M, D] of every head under this plan."""
         outs, lses = [self.exact[0]], [self.exact[1]]
         begin = 0
         for tier, count in zip(plan.tiers, plan.counts(self.tokens)):
@@ -103,20 +125,20 @@ class _Parts:
         return merge(outs, lses)[0]
 
     def _taken(self, begin: int, count: int) -> Tensor:
-        """Positions of the tokens ranked from `begin`: [H_kv, n, D], to gather with."""
+        """Positions of the tokens ranked from `begin`: [U, n, D], to gather with."""
         if (begin, count) not in self._rows:
             taken = self.first + self.ranked[:, begin : begin + count].sort(dim=1).values
             self._rows[begin, count] = taken[..., None].expand(-1, -1, self.keys.shape[-1])
         return self._rows[begin, count]
 
     def _roundtrip(self, roundtrip: Callable[..., Tensor], fmt: str, x: Tensor, begin: int, count: int, bits: int) -> Tensor:
-        """Rows [H_kv, n, D] of x [H_kv, N, D] after compression."""
+        """Rows [U, n, D] of x [U, N, D] after compression."""
         rows = x.gather(1, self._taken(begin, count))
         lengths = torch.full((len(x),), count, device=x.device)
         return roundtrip(fmt, rows.flatten(0, 1), lengths, bits, self.dtype).view(rows.shape)
 
     def _attention(self, fmt: str, begin: int, count: int, bits: int) -> tuple[Tensor, Tensor]:
-        """Weights [H_kv, G * M, n] that sum to one, and log-sum-exp [H_kv, G * M]."""
+        """Weights [U, G * M, n] that sum to one, and log-sum-exp [U, G * M]."""
         key = (fmt, begin, count, bits)
         if key not in self._weights:
             keys = self._roundtrip(roundtrip_keys, fmt, self.keys, begin, count, bits)
@@ -134,14 +156,22 @@ class _Parts:
 
 
 @torch.no_grad()
-def _layer_prices(replay: Replay, layer: int, answered: ReplayLayer, gradients: Tensor, options: Sequence[HeadPlan]) -> Tensor:
-    """Mean over samples of (g . d)^2 / 2, in nats over all predicted tokens: float64 [H_kv, options]."""
-    parts = _Parts(replay, layer, answered)
-    full = answered.output.detach()[0].reshape(parts.query.shape)
-    by_head = gradients.reshape(gradients.shape[0], *parts.query.shape).movedim(0, 1).flatten(2)  # [H_kv, S, G * M * D]
+def _prices(
+    replay: Replay,
+    heads: list[tuple[int, int]],
+    answered: dict[int, ReplayLayer],
+    gradients: dict[int, Tensor],
+    options: Sequence[HeadPlan],
+) -> Tensor:
+    """Mean over samples of (g . d)^2 / 2, in nats over all predicted tokens: float64 [U, options]."""
+    parts = _Parts(replay, heads, answered)
+    kv_heads = answered[heads[0][0]].new_keys.shape[1]
+    outputs = {layer: answered[layer].output.detach()[0].reshape(kv_heads, *parts.query.shape[1:]) for layer, _ in heads}
+    full = torch.stack([outputs[layer][h] for layer, h in heads])  # [U, G * M, D]
+    by_head = torch.stack([gradients[layer].reshape(SAMPLES, kv_heads, -1)[:, h] for layer, h in heads])  # [U, S, G * M * D]
     prices = []
     for plan in options:
-        change = (parts.output(plan) - full).flatten(1)  # [H_kv, G * M * D]
-        projected = (by_head @ change[..., None])[..., 0].double()  # [H_kv, S]
+        change = (parts.output(plan) - full).flatten(1)  # [U, G * M * D]
+        projected = (by_head @ change[..., None])[..., 0].double()  # [U, S]
         prices.append(projected.square().mean(1) / 2)
     return torch.stack(prices, dim=1)

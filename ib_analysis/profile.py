@@ -54,10 +54,14 @@ class Profile:
         }
         return np.stack([rows[self.shape.layers[layer].head_dim] for layer, _ in self.shape.heads])
 
-    def solve(self, limit_bytes: int) -> Solution:
-        """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included."""
+    def solve(self, limit_bytes: int, *, measured: bool = False) -> Solution:
+        """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included.
+
+        With `measured`, only of options that were measured.
+        """
         pinned_bytes = sum(self.pinned.nbytes(self.context_length, self.shape.layers[i]) for i in self.shape.compressible)
-        return solve(list(self.loss_bits), list(self.nbytes()), limit_bytes - pinned_bytes)
+        losses = np.where(self.measured, self.loss_bits, np.inf) if measured else self.loss_bits
+        return solve(list(losses), list(self.nbytes()), limit_bytes - pinned_bytes)
 
     def plans(self, choice: NDArray[np.int64]) -> Plans:
         """The plans in which head u has option choice[u]."""

@@ -10,14 +10,14 @@ from ib_analysis.knapsack import Solution, solve
 from ib_analysis.plan import Plans
 from ib_analysis.profile import Profile
 
-NEIGHBOURS = 8  # options of each head that are measured around the joint solution
+NEIGHBOURS = 6  # options of each head that are measured around the joint solution
 ROUNDS = 2
 TINY_BITS = 1e-9
 
 
 def optimal(profile: Profile, limit_bytes: int) -> tuple[Plans, Solution]:
-    """The least sum of prices within the limit."""
-    solution = profile.solve(limit_bytes)
+    """The least sum of measured prices within the limit."""
+    solution = profile.solve(limit_bytes, measured=True)
     return profile.plans(solution.choice), solution
 
 
