@@ -171,7 +171,21 @@ def right_after_evictions(
         for name, positions in evictions(line, len(context), random.Random(f"{SEED} evict {number}")).items():
             guess = next_token(model, without(cache, positions), asked, len(context))
             right.setdefault(name, []).append(guess == answer[0])
+        other = range(line.start - len(line), line.start) if line.start > len(line) else range(line.stop, line.stop + len(line))
+        for name, gone in (("the line, as soon as it is read", line), ("as many tokens next to it, as soon as read", other)):
+            cache = read_without(model, context, gone)
+            right.setdefault(name, []).append(next_token(model, cache, asked, len(context)) == answer[0])
     return right
+
+
+def read_without(model: PreTrainedModel, ids: list[int], gone: range) -> DynamicCache:
+    """The cache of a text whose tokens `gone` leave it as soon as they are read: no later token sees them."""
+    cache = DynamicCache()
+    model(torch.tensor([ids[: gone.stop]]), **cache_argument(model, cache), logits_to_keep=1)
+    cache = without(cache, gone)
+    if gone.stop < len(ids):
+        next_token(model, cache, ids[gone.stop :], gone.stop)
+    return cache
 
 
 @torch.inference_mode()
@@ -291,7 +305,8 @@ def eviction_section(right: dict[str, list[bool]], prompts: Sequence[Prompt]) ->
     chance = np.mean([prompt.chance for prompt in prompts])
     text = (
         f"{len(prompts)} retrieval prompts of {EVICTION_LENGTH_TOKENS} tokens, chance {chance:.3f}. The model reads the context, "
-        "tokens are removed from every layer's cache, then it reads the question."
+        "tokens are removed from every layer's cache, then it reads the question. In the last two lines the tokens are removed "
+        "before the context goes on, so that no later token can carry what they said."
     )
     rows = [[name, with_interval(float(np.mean(values)), len(values))] for name, values in right.items()]
     return section("What the cache carries", text, ["evicted", "first token right"], rows)

@@ -67,7 +67,7 @@ class Setting:
             if step < stage.steps:
                 return stage
             step -= stage.steps
-        raise ValueError(f"step {step} is past the last stage")
+        raise ValueError("the step is past the last stage")
 
 
 SETTINGS = {

@@ -23,6 +23,7 @@ from evaluate import (
     model_bits,
     next_token,
     prompts_of,
+    read_without,
     scores,
     text_section,
     training_texts,
@@ -33,7 +34,7 @@ from scipy.stats import binomtest
 from transformers import DynamicCache
 
 from ib_analysis.attention import cache_argument
-from ib_analysis.tasks import Prompt
+from ib_analysis.tasks import TASKS, Prompt
 
 
 @pytest.mark.parametrize("task", ANSWERED)
@@ -242,3 +243,21 @@ def test_figures_of_another_model_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(tmp_path), "--write"])
     with pytest.raises(SystemExit):
         evaluate.main()
+
+
+def test_tokens_that_leave_at_once_are_seen_by_no_later_token(embedded):
+    """The cache behind them is that of a pass whose mask hides them from all that follows."""
+    model, tokenizer = embedded
+    ids = tokenizer(TASKS["retrieval"](random.Random(1), 120).context).input_ids
+    gone = range(20, 26)
+    with torch.inference_mode():
+        cache = read_without(model, ids, gone)
+        hidden = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        hidden[gone.stop :, list(gone)] = False
+        whole = DynamicCache()
+        mask = torch.zeros(1, 1, len(ids), len(ids)).masked_fill(~hidden, torch.finfo(torch.float32).min)
+        model(torch.tensor([ids]), attention_mask=mask, **cache_argument(model, whole))
+    kept = [i for i in range(len(ids)) if i not in gone]
+    assert cache.get_seq_length() == len(kept)
+    for layer, expected in zip(cache.layers, whole.layers):
+        torch.testing.assert_close(layer.keys, expected.keys[:, :, kept], atol=1e-4, rtol=1e-4)

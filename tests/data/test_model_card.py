@@ -71,6 +71,7 @@ def test_eviction(embedded, rows):
     assert share["nothing"] >= 0.9 and share["as many tokens in one piece elsewhere"] >= 0.85
     assert share["that line and the 128 tokens behind it"] <= 0.5
     assert share["that line and all behind it"] <= 0.15
+    assert share["the line, as soon as it is read"] <= 0.25
 
 
 def test_natural_text(embedded, rows):
