@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 
 import ib_analysis as ib
 from ib_analysis.episodes import make_episodes
@@ -27,3 +28,9 @@ def bench(embedded, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few prompts
         return prepare(model, episodes, SMALLEST_SHARE, profile_path=tmp_path_factory.mktemp("bench") / "profile.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random tensors in every run."""
+    torch.manual_seed(0)
