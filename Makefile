@@ -14,6 +14,9 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
+# Threads that wait asleep: threads that spin slow each other down a hundredfold when cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: setup demo test lint clean
 
 setup: $(READY)

@@ -73,7 +73,7 @@ class Setting:
 SETTINGS = {
     "first": Setting(192, 4, (Stage(300, 64, 128, 0.0), Stage(500, 32, 256, 0.4), Stage(1200, 8, 1024, 0.5))),
     "second": Setting(192, 4, (Stage(1000, 8, 1024, 0.5, copying_share=0.4),)),
-    "small": Setting(64, 2, (Stage(30, 16, 128, 0.0), Stage(30, 8, 256, 0.5), Stage(20, 2, 1024, 0.5))),
+    "small": Setting(64, 2, (Stage(120, 16, 128, 0.0), Stage(120, 8, 256, 0.5), Stage(80, 2, 1024, 0.5))),
 }
 
 
