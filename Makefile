@@ -14,7 +14,7 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
-# Threads that wait asleep: threads that spin slow each other down a hundredfold when cores are shared.
+# Waiting threads sleep: spinning ones, the default, make everything crawl when cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint clean
