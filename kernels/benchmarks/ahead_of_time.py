@@ -1,0 +1,103 @@
+"""Compiling a kernel for a GPU that is not here, and what its machine code shows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WARP = 32
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the machine code of one variant of a kernel uses."""
+
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    program: Counter[str]  # all instructions of one warp, by name
+    loop: Counter[str]  # those of the longest loop
+    warps: int
+
+    @property
+    def spills(self) -> bool:
+        return self.stack_bytes > 0 or self.local_bytes > 0
+
+    @property
+    def matrix_instructions(self) -> int:
+        return sum(self.program[name] for name in MATRIX)
+
+    @property
+    def asynchronous_copies(self) -> int:
+        return sum(self.program[name] for name in ASYNCHRONOUS_COPY)
+
+    def instructions_per(self, elements: int) -> float:
+        """Thread instructions for each of `elements`, which one pass of the longest loop, or a program without loops, handles."""
+        return (self.loop or self.program).total() * WARP * self.warps / elements
+
+
+def compile_for(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], capability: int
+) -> MachineCode:
+    """Compile a kernel ahead of time.
+
+    Args:
+        kernel: a `triton.jit` function.
+        types: type of every argument that is no constant ("*fp16", "i32", ...). A pointer is taken to be a multiple of 16
+            bytes; "i32:16" is an integer that is a multiple of 16, which the compiler is told at a launch too.
+        constants: value of every constant.
+        options: num_warps, num_stages, ...
+        capability: 80, 90 or 100 for sm_80, sm_90 or sm_100.
+    """
+    position = {name: index for index, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name].split(":")[0] for name in kernel.arg_names},
+        constexprs={(position[name],): value for name, value in constants.items()},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in types.items() if "*" in kind or ":16" in kind},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        resources = _run("cuobjdump", "-res-usage", str(binary))
+        assembly = _run("nvdisasm", "-c", str(binary))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", resources)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources: {resources!r}")
+    registers, stack, local = map(int, found.groups())
+    program, loop = instructions(assembly)
+    return MachineCode(registers, stack, local, compiled.metadata.shared, program, loop, options["num_warps"])
+
+
+def instructions(assembly: str) -> tuple[Counter[str], Counter[str]]:
+    """Instructions by name without modifiers: all, and those from the label to the branch back of the longest loop."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
+            names.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels and len(names) - labels[back[1]] > len(longest):
+                longest = names[labels[back[1]] :]
+    return Counter(names), Counter(longest)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,293 @@
+"""Attention over packed tokens. One program of one warp takes the tokens of an item, 32 or 64 at a time.
+
+S^T = K q^T and O^T = V^T p^T, so that the few query rows are the narrow side of the matrix instructions. Codes enter them as
+they are: the key scale of a channel is folded into the query (kivi), or that of a token into the logits (rotated), and the
+value scale into the weights; what minima and centred codes add is summed once a token or once an item.
+"""
+
+# ruff: noqa: RET505 - the compiler wants an else where a constant decides
+# mypy: disable-error-code=assignment
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ib_kernels.fields_triton import codes, constants, read_high, read_words
+from ib_kernels.logits_triton import kivi_logits, read_query, rotated_logits
+from ib_kernels.packed import Packed
+from torch import Tensor
+
+LN2 = tl.constexpr(math.log(2))
+HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
+SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
+STAGES = {"kivi": 3, "rotated": 2}  # deeper would leave shared memory for fewer programs at once
+
+
+def attend(
+    packed: Packed, query: Tensor, shifts: Tensor, items: Tensor, out: Tensor, lse: Tensor, scaling: float, softcap: float | None
+) -> None:
+    """Fill the slots of `items` with partial results.
+
+    Args:
+        packed: tokens of 2, 3, 4 or 8 bits.
+        query: kivi [pairs, R, D]; rotated fp32 [P, R, D], rotated for each run (see `rotate_triton`).
+        shifts: rotated fp32 [P, R, 2], what to add to the product of rotated query and codes, and to the logits; else unused.
+        items: int32 [W, 5] of `plan`.
+        out, lse: fp32 [slots, R, D] and [slots, R]; the output of a rotated format is still rotated.
+    """
+    rows = query.shape[1]
+    tile = row_tile(rows, packed.head_dim)
+    minimum = "minimum" if packed.format == "kivi" else "scale"
+    attend_kernel[(items.shape[0], triton.cdiv(rows, tile))](
+        query,
+        shifts,
+        packed.pairs,
+        *(packed.keys[name] for name in ("words", "scale", minimum)),
+        *(packed.values[name] for name in ("words", "scale", minimum)),
+        items,
+        out,
+        lse,
+        scaling,
+        1.0 if softcap is None else softcap,
+        rows,
+        **variant(packed.format, packed.head_dim, packed.key_bits, packed.value_bits, rows, query.dtype, softcap is not None),
+        ASM=os.environ.get("TRITON_INTERPRET") != "1",
+        num_warps=1,
+        num_stages=STAGES[packed.format],
+    )
+
+
+def row_tile(rows: int, head_dim: int) -> int:
+    """Query rows of one program: as many as its registers hold."""
+    return 16 if rows > 8 and head_dim <= 128 else 8
+
+
+def variant(
+    fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool
+) -> dict[str, Any]:
+    """Constants that select one compiled variant of `attend_kernel`."""
+    return {
+        "KIVI": fmt == "kivi",
+        "D": head_dim,
+        "M": row_tile(rows, head_dim),
+        "N": 32 if fmt == "kivi" else 64,
+        "SPLIT": dtype == torch.float32,
+        "SOFTCAP": softcap,
+        **constants("K", head_dim, key_bits),
+        **constants("V", head_dim, value_bits),
+    }
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    shifts,
+    pairs,
+    k_words,
+    k_scale,
+    k_minimum,
+    v_words,
+    v_scale,
+    v_minimum,
+    items,
+    out,
+    lse,
+    scaling,
+    softcap,
+    R,
+    KIVI: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KT: tl.constexpr,
+    KC: tl.constexpr,
+    KH: tl.constexpr,
+    KF: tl.constexpr,
+    KB: tl.constexpr,
+    VT: tl.constexpr,
+    VC: tl.constexpr,
+    VH: tl.constexpr,
+    VF: tl.constexpr,
+    VB: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    item = items + tl.program_id(0) * 5
+    tokens = tl.load(item + 1)
+    if tokens == 0:
+        return
+    first = tl.load(item).to(tl.int64)
+    group = tl.load(item + 2).to(tl.int64)
+    run = tl.load(item + 3)
+    row = tl.program_id(1) * M + tl.arange(0, M)
+    live = row < R
+    block = tl.load(pairs + run) if KIVI else run
+    q_rows = block * R + row
+    # From here on positions within the item, which fit 32 bits.
+    k_words += first * (D * KB // 16)
+    v_words += first * (D * VB // 16)
+    k_scale += group * D if KIVI else first
+    k_minimum += group * D
+    GROUPS: tl.constexpr = (D + 31) // 32 if KIVI else 1
+    v_scale += first * GROUPS
+    v_minimum += first * GROUPS
+    high, low = read_query(query, q_rows, live, D, KT, KC, KH, KF, SPLIT)
+    if KIVI:
+        start, shift = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+    else:
+        start = tl.load(shifts + q_rows * 2, mask=live, other=0.0)
+        shift = tl.load(shifts + q_rows * 2 + 1, mask=live, other=0.0)
+    scale = scaling if SOFTCAP else scaling * 1.4426950408889634
+    maximum = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([16, M], tl.float32)
+    offsets = (tl.zeros([16, M], tl.float32),) * GROUPS
+    acc = (tl.zeros([VC, M], tl.float32),) * (VH * VF)
+    for t in tl.range(0, tokens, N):
+        position = t + tl.arange(0, N)
+        rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
+        if KIVI:
+            s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, scale, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
+        else:
+            s = tl.broadcast_to(start[None, :], [N, M])
+            s = rotated_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
+        if SOFTCAP:
+            s = tanh(s / softcap) * (softcap * 1.4426950408889634)
+        s = tl.where((position < tokens)[:, None], s, -float("inf"))  # [N, M], logits to base 2
+        scales, minima, largest = read_scales(v_scale, v_minimum, rows, N, GROUPS, KIVI, VB)
+        # Weights are relative to the largest product of weight and scale, which fp16 then holds without overflow; up to a
+        # power of two, so that a token that has all the weight loses nothing to rounding.
+        new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)
+        fade = tl.exp2(maximum - new)
+        maximum = new
+        p = tl.exp2(s - new[None, :])
+        total = total * fade[None, :] + fold(p, N, M)
+        faded = ()
+        weights = ()
+        for g in tl.static_range(GROUPS):
+            weight = p * scales[g][:, None]
+            offset = p * minima[g][:, None] if KIVI else weight
+            faded = faded + (offsets[g] * fade[None, :] + fold(offset, N, M),)
+            weights = weights + (weight.to(tl.float16),)
+        offsets = faded
+        acc = add_values(acc, v_words, rows, weights, fade, KIVI, D, VT, VC, VH, VF, VB, ASM)
+    slot = tl.load(item + 4).to(tl.int64)  # read last, not to hold a register through the loop
+    sums = tl.sum(total, 0)
+    store_output(acc, offsets, sums, out + slot * R * D, row, live, KIVI, D, VT, VC, VH, VF)
+    tl.store(lse + slot * R + row, (maximum + tl.log2(sums)) * LN2, mask=live)
+
+
+@triton.jit
+def read_scales(scale, minimum, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
+    """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale."""
+    scales = ()
+    minima = ()
+    largest = tl.full([N], SMALLEST, tl.float32)
+    for g in tl.static_range(GROUPS):
+        v_scale = tl.load(scale + rows * GROUPS + g).to(tl.float32)
+        scales = scales + (v_scale,)
+        if KIVI:
+            minima = minima + (tl.load(minimum + rows * GROUPS + g).to(tl.float32) + v_scale * 2.0 ** (BITS - 1),)
+        largest = tl.maximum(largest, v_scale)
+    return scales, minima, largest
+
+
+@triton.jit
+def add_values(
+    acc,
+    words,
+    rows,
+    weights,
+    fade,
+    KIVI: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Faded accumulators plus V^T p^T, fp32 [C, M] for each tile; weights [N, M] for each group of channels."""
+    added = ()
+    for h in tl.static_range(H):
+        x = h * C + tl.arange(0, C)
+        w_low = read_words(words, rows, x, D, T, C, BITS, False, True)
+        w_high = read_high(words, rows, x, D, T, C, BITS, True)
+        for i in tl.static_range(F):
+            u = codes(w_low, w_high, i, D, T, BITS, 2.0 ** (BITS - 1), ASM)
+            o = acc[h * F + i] * fade[None, :]
+            o = add_chunk(o, u, weights, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), KIVI)
+            added = added + (o,)
+    return added
+
+
+@triton.jit
+def add_chunk(o, u, weights, channel, BEGIN: tl.constexpr, END: tl.constexpr, KIVI: tl.constexpr):
+    """o plus u [C, N] of channels BEGIN to END times weights. These channels are in one group of 32, or in two."""
+    FIRST: tl.constexpr = BEGIN // 32 if KIVI else 0
+    LAST: tl.constexpr = (END - 1) // 32 if KIVI else 0
+    if FIRST == LAST:
+        return tl.dot(u, weights[FIRST], o)
+    else:
+        in_first = (channel < LAST * 32)[:, None]
+        o = tl.dot(tl.where(in_first, u, 0.0), weights[FIRST], o)
+        return tl.dot(tl.where(in_first, 0.0, u), weights[LAST], o)
+
+
+@triton.jit
+def store_output(
+    acc,
+    offsets,
+    sums,
+    out,
+    row,
+    live,
+    KIVI: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+):
+    for h in tl.static_range(H):
+        x = h * C + tl.arange(0, C)
+        for i in tl.static_range(F):
+            offset = offset_of_chunk(offsets, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), KIVI)
+            # The levels of a rotated value are at the middle of its steps: half a step above code - 2**(bits - 1).
+            o = (acc[h * F + i] + (offset if KIVI else offset * 0.5)) / sums[None, :]
+            tl.store(out + row[None, :] * D + (i * T + x)[:, None], o, mask=(x < T)[:, None] & live[None, :])
+
+
+@triton.jit
+def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KIVI: tl.constexpr):
+    """The sum for the group of each channel: [1, M], or [C, M] if there are two."""
+    FIRST: tl.constexpr = BEGIN // 32 if KIVI else 0
+    LAST: tl.constexpr = (END - 1) // 32 if KIVI else 0
+    offset = tl.sum(offsets[FIRST], 0)[None, :]
+    if FIRST == LAST:
+        return offset
+    else:
+        return tl.where((channel < LAST * 32)[:, None], offset, tl.sum(offsets[LAST], 0)[None, :])
+
+
+@triton.jit
+def fold(x, N: tl.constexpr, M: tl.constexpr):
+    """Sum of every 16th row of x [N, M]: [16, M]. They are in the same thread, so it costs no exchange."""
+    return tl.sum(tl.reshape(x, [N // 16, 16, M]), 0)
+
+
+@triton.jit
+def exponent(x):
+    """log2 of positive x, rounded down."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)

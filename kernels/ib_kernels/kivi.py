@@ -1,0 +1,98 @@
+"""KIVI (Liu et al. 2024, arXiv 2402.02750): keys per channel in groups of tokens, values per token in channel groups.
+
+Both are asymmetric and uniform: x' = minimum + code * scale with an fp16 minimum and an fp16 scale for each group, and
+|x - x'| <= scale / 2 up to float32 rounding, for x in the fp16 range.
+"""
+
+from __future__ import annotations
+
+import torch
+from ib_kernels import ragged
+from torch import Tensor
+
+FP16_MAX = 65504.0
+GROUP_TOKENS = 32  # consecutive tokens of a run that share a channel's key scale
+GROUP_CHANNELS = 32  # consecutive channels of a token that share a value scale
+
+
+def quantize_keys(x: Tensor, lengths: Tensor, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes uint8 [N, D] of rows x fp32 [N, D], and scale and minimum fp16 [G, D]: a row for each group of a run.
+
+    The last group of a run may be short.
+    """
+    groups = x[_tokens_of_group(lengths)]  # [G, 32, D]
+    minimum, scale = _range(groups.amin(1), groups.amax(1), bits)
+    group = _group_of_token(lengths)
+    return _codes(x, minimum[group], scale[group], bits), {"scale": scale, "minimum": minimum}
+
+
+def dequantize_keys(codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor) -> Tensor:
+    """Rows fp32 [N, D] of codes [N, D]."""
+    group = _group_of_token(lengths)
+    return _values(codes, metadata["minimum"][group], metadata["scale"][group])
+
+
+def quantize_values(x: Tensor, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes uint8 [N, D] of rows x fp32 [N, D], and scale and minimum fp16 [N, ceil(D / 32)]; the last group may be short."""
+    head_dim = x.shape[1]
+    groups = -(-head_dim // GROUP_CHANNELS)
+    # Repeating the last channel completes a short group without moving its minimum or maximum.
+    channel = torch.arange(groups * GROUP_CHANNELS, device=x.device).clamp(max=head_dim - 1)
+    grouped = x[:, channel].unflatten(1, (groups, GROUP_CHANNELS))  # [N, groups, 32]
+    minimum, scale = _range(grouped.amin(2), grouped.amax(2), bits)
+    codes = _codes(x, _to_channels(minimum, head_dim), _to_channels(scale, head_dim), bits)
+    return codes, {"scale": scale, "minimum": minimum}
+
+
+def dequantize_values(codes: Tensor, metadata: dict[str, Tensor]) -> Tensor:
+    """Rows fp32 [N, D] of codes [N, D]."""
+    head_dim = codes.shape[1]
+    return _values(codes, _to_channels(metadata["minimum"], head_dim), _to_channels(metadata["scale"], head_dim))
+
+
+def group_counts(lengths: Tensor) -> Tensor:
+    """How many groups of tokens runs of these lengths have."""
+    return (lengths + GROUP_TOKENS - 1) // GROUP_TOKENS
+
+
+def _range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """fp16 minimum and scale of groups that span [low, high].
+
+    The scale is at least the fp16 spacing at the minimum, so that rounding the minimum moves it by at most half a step,
+    and at least 2**(bits - 23), below which the rounding of a subnormal scale could miss the maximum by more than that.
+    Both together make quantization idempotent: a dequantized group finds its own minimum and scale again.
+    """
+    low, high = low.clamp(-FP16_MAX, FP16_MAX), high.clamp(-FP16_MAX, FP16_MAX)
+    minimum = low.to(torch.float16)
+    floor = (minimum.float().abs() * 2.0**-10).clamp(min=2.0 ** (bits - 23))
+    scale = torch.maximum((high - minimum.float()) / (2**bits - 1), floor).to(torch.float16)
+    return minimum, scale
+
+
+def _codes(x: Tensor, minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
+    steps = (x - minimum.float()).div_(scale.float())
+    return steps.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def _values(codes: Tensor, minimum: Tensor, scale: Tensor) -> Tensor:
+    return codes.float().mul_(scale.float()).add_(minimum.float())
+
+
+def _group_of_token(lengths: Tensor) -> Tensor:
+    """Index of every token's group: int64 [N]."""
+    first_group = ragged.starts(group_counts(lengths))  # [P]
+    return first_group[ragged.run_of_row(lengths)] + ragged.position_in_run(lengths) // GROUP_TOKENS
+
+
+def _tokens_of_group(lengths: Tensor) -> Tensor:
+    """Rows of every group: int64 [G, 32]; a short group repeats its last token, which leaves its range as it is."""
+    counts = group_counts(lengths)
+    run = ragged.run_of_row(counts)  # [G]
+    within = torch.arange(GROUP_TOKENS, device=lengths.device)
+    position = ragged.position_in_run(counts)[:, None] * GROUP_TOKENS + within  # [G, 32]
+    return ragged.starts(lengths)[run, None] + torch.minimum(position, lengths[run, None] - 1)
+
+
+def _to_channels(per_group: Tensor, head_dim: int) -> Tensor:
+    """[N, groups] -> [N, D]."""
+    return per_group.repeat_interleave(GROUP_CHANNELS, dim=1)[:, :head_dim]

@@ -1,0 +1,254 @@
+"""The kivi format on a GPU: quantize and pack, and unpack. A program takes groups of 32 tokens of a run.
+
+Every step of the arithmetic is the one of `kivi` in plain torch, in the same order, so the bits agree.
+Codes are packed by a matrix product with powers of two: word w of a token is the sum of 2**shift times the codes that it
+holds, exact in the fp32 accumulators of the matrix instructions, whatever the head dimension.
+"""
+
+# ruff: noqa: RET505 - the compiler wants an else where a constant decides
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ib_kernels.bitpack import words_per_token
+from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
+from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, pieces, source
+from torch import Tensor
+
+WARPS = 2
+
+
+def pack_keys(keys: Tensor, rows: Tensor, lengths: Tensor, bits: int) -> dict[str, Tensor]:
+    """Parts of keys (see `packed.Packed`). Shapes as for `quantize_pack`."""
+    groups = pieces(lengths, GROUP_TOKENS)
+    scale, minimum = (empty(torch.float16, keys, groups.shape[0], keys.shape[3]) for _ in range(2))
+    return _pack(pack_keys_kernel, keys, rows, groups, scale, minimum, bits)
+
+
+def pack_values(values: Tensor, rows: Tensor, lengths: Tensor, bits: int) -> dict[str, Tensor]:
+    """Parts of values."""
+    scale, minimum = (empty(torch.float16, values, rows.shape[0], -(-values.shape[3] // GROUP_CHANNELS)) for _ in range(2))
+    return _pack(pack_values_kernel, values, rows, pieces(lengths, GROUP_TOKENS), scale, minimum, bits)
+
+
+def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int, keys: bool) -> Tensor:
+    """Rows fp32 [N, D] of a part of keys or of values."""
+    out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
+    groups = pieces(lengths, GROUP_TOKENS)
+    if groups.shape[0]:
+        tensors = (part["words"], part["scale"], part["minimum"], out)
+        unpack_kernel[(groups.shape[0],)](groups, *tensors, **unpack_constants(head_dim, bits, keys), num_warps=4)
+    return out
+
+
+def pack_constants(head_dim: int, bits: int) -> dict[str, Any]:
+    """Arguments that select one compiled variant of a kernel that packs."""
+    return constants(head_dim, bits) | {"DP": triton.next_power_of_2(head_dim), "GROUPS": 8}
+
+
+def unpack_constants(head_dim: int, bits: int, keys: bool) -> dict[str, Any]:
+    """The same for `unpack_kernel`."""
+    return {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BITS": bits, "KEYS": keys}
+
+
+def _pack(kernel: Any, x: Tensor, rows: Tensor, groups: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> dict[str, Tensor]:
+    words = empty(torch.int16, x, rows.shape[0], words_per_token(x.shape[3], bits))
+    selected = pack_constants(x.shape[3], bits)
+    count = groups.shape[0]
+    if count:
+        programs = triton.cdiv(count, selected["GROUPS"])
+        kernel[(programs,)](x, rows, groups, count, words, scale, minimum, *source(x), **selected, num_warps=WARPS)
+    return {"words": words, "scale": scale, "minimum": minimum}
+
+
+@triton.jit
+def pack_keys_kernel(
+    x,
+    rows,
+    groups,
+    count,
+    words,
+    scale,
+    minimum,
+    heads,
+    length,
+    batch_stride,
+    head_stride,
+    token_stride,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    planes = powers(D, DP, BITS)
+    d = tl.arange(0, DP)
+    begin = tl.program_id(0) * GROUPS
+    for group in range(begin, tl.minimum(begin + GROUPS, count)):
+        first = tl.load(groups + group * 3).to(tl.int64)
+        tokens = tl.load(groups + group * 3 + 1)
+        at = tl.minimum(tl.arange(0, 32), tokens - 1)  # a short group repeats its last token, which leaves the range as it is
+        live = tl.arange(0, 32) < tokens
+        token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
+        base, step = span(least(tile, 0, FUSED), most(tile, 0, FUSED), BITS)  # [DP]
+        codes = codes_of(tile, base[None, :], step[None, :], BITS, FUSED)
+        store_words(words, codes, first, live, planes, D, DP, BITS)
+        tl.store(scale + group * D + d, step, mask=d < D)
+        tl.store(minimum + group * D + d, base, mask=d < D)
+
+
+@triton.jit
+def pack_values_kernel(
+    x,
+    rows,
+    groups,
+    count,
+    words,
+    scale,
+    minimum,
+    heads,
+    length,
+    batch_stride,
+    head_stride,
+    token_stride,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    planes = powers(D, DP, BITS)
+    d = tl.arange(0, DP)
+    begin = tl.program_id(0) * GROUPS
+    for group in range(begin, tl.minimum(begin + GROUPS, count)):
+        first = tl.load(groups + group * 3).to(tl.int64)
+        tokens = tl.load(groups + group * 3 + 1)
+        at = tl.minimum(tl.arange(0, 32), tokens - 1)
+        live = tl.arange(0, 32) < tokens
+        token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
+        GP: tl.constexpr = (DP + 31) // 32
+        SIZE: tl.constexpr = DP // GP  # 32 channels, or 16 if there are no more
+        grouped = tl.reshape(tile, [32, GP, SIZE])
+        low, high = grouped, grouped
+        if D % SIZE != 0:  # the last group is short
+            inside = tl.reshape(tl.arange(0, DP), [GP, SIZE])[None, :, :] < D
+            low = tl.where(inside, grouped, float("inf"))
+            high = tl.where(inside, grouped, -float("inf"))
+        base, step = span(least(low, 2, FUSED), most(high, 2, FUSED), BITS)  # [32, GP]
+        codes = codes_of(grouped, base[:, :, None], step[:, :, None], BITS, FUSED)
+        store_words(words, tl.reshape(codes, [32, DP]), first, live, planes, D, DP, BITS)
+        COLUMNS: tl.constexpr = (D + 31) // 32
+        g = tl.arange(0, GP)
+        at = (first + tl.arange(0, 32))[:, None] * COLUMNS + g[None, :]
+        tl.store(scale + at, step, mask=live[:, None] & (g < COLUMNS)[None, :])
+        tl.store(minimum + at, base, mask=live[:, None] & (g < COLUMNS)[None, :])
+
+
+@triton.jit
+def span(low, high, BITS: tl.constexpr):
+    """fp16 minimum and scale of groups that span [low, high] (see `kivi`)."""
+    low = in_range(low)
+    minimum = low.to(tl.float16)
+    floor = tl.maximum(tl.abs(minimum.to(tl.float32)) * 2.0**-10, 2.0 ** (BITS - 23))
+    step = tl.div_rn(in_range(high) - minimum.to(tl.float32), tl.full(high.shape, 2.0**BITS - 1.0, tl.float32))
+    return minimum, tl.maximum(step, floor, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def least(x, axis: tl.constexpr, FUSED: tl.constexpr):
+    """Minimum along an axis, NaN if there is one. The interpreter's own is that."""
+    return tl.reduce(x, axis, smaller) if FUSED else tl.min(x, axis)
+
+
+@triton.jit
+def most(x, axis: tl.constexpr, FUSED: tl.constexpr):
+    return tl.reduce(x, axis, larger) if FUSED else tl.max(x, axis)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def codes_of(x, minimum, scale, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """Codes fp32 of x. The quotient of an infinite x would be NaN, whose code is 0."""
+    steps = divide(tl.minimum(x, 1e30) - minimum.to(tl.float32), scale.to(tl.float32), FUSED)
+    steps = tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1.0)
+    return (steps + 12582912.0) - 12582912.0  # rounds half to even, as torch does
+
+
+@triton.jit
+def powers(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """What packs the codes of a token in each plane: fp16 [DP, words], 2**shift where a word holds a channel."""
+    if BITS == 3:
+        return plane_powers(D, DP, 2), plane_powers(D, DP, 1)
+    else:
+        return (plane_powers(D, DP, BITS),)
+
+
+@triton.jit
+def plane_powers(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    STRIPE: tl.constexpr = D * BITS // 16
+    WP: tl.constexpr = DP * BITS // 16 if DP * BITS > 256 else 16
+    channel = tl.arange(0, DP)[:, None]
+    held = (channel % STRIPE == tl.arange(0, WP)[None, :]) & (channel < D)
+    power = (1 << (channel // STRIPE * BITS)).to(tl.float32)  # at most 2**15 where a code is held
+    return tl.where(held, power, 0.0).to(tl.float16)
+
+
+@triton.jit
+def store_words(words, codes, first, live, planes, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Pack codes fp32 [32, DP] and store them in the rows from `first` on."""
+    if BITS == 3:
+        high = tl.floor(codes * 0.25)
+        store_plane(words, codes - 4.0 * high, first, live, planes[0], D * 2 // 16, 0, D * 3 // 16)
+        store_plane(words, high, first, live, planes[1], D // 16, D * 2 // 16, D * 3 // 16)
+    else:
+        store_plane(words, codes, first, live, planes[0], D * BITS // 16, 0, D * BITS // 16)
+
+
+@triton.jit
+def store_plane(words, codes, first, live, plane, STRIPE: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    packed = tl.dot(codes.to(tl.float16), plane)  # [32, words]
+    word = tl.arange(0, plane.shape[1])[None, :]
+    at = (first + tl.arange(0, 32))[:, None] * WIDTH + BEGIN + word
+    tl.store(words + at, packed.to(tl.int32).to(tl.int16), mask=live[:, None] & (word < STRIPE))
+
+
+@triton.jit
+def unpack_kernel(groups, words, scale, minimum, out, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr):
+    group = tl.program_id(0)
+    first = tl.load(groups + group * 3).to(tl.int64)
+    live = tl.arange(0, 32) < tl.load(groups + group * 3 + 1)
+    row = (first + tl.arange(0, 32))[:, None]
+    d = tl.arange(0, DP)[None, :]
+    inside = live[:, None] & (d < D)
+    if BITS == 3:
+        codes = field(words, row, d, inside, D, 2, 0, D * 3 // 16)
+        codes += 4 * field(words, row, d, inside, D, 1, D * 2 // 16, D * 3 // 16)
+    else:
+        codes = field(words, row, d, inside, D, BITS, 0, D * BITS // 16)
+    at = group * D + d if KEYS else row * ((D + 31) // 32) + d // 32
+    step = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    base = tl.load(minimum + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, codes.to(tl.float32) * step + base, mask=inside)  # the product is exact, fused or not
+
+
+@triton.jit
+def field(words, row, d, inside, D: tl.constexpr, BITS: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    """The field of BITS bits that each channel d has in its plane: int32 [32, DP]."""
+    STRIPE: tl.constexpr = D * BITS // 16
+    word = tl.load(words + row * WIDTH + BEGIN + d % STRIPE, mask=inside, other=0).to(tl.int32)
+    return (word >> (d // STRIPE * BITS)) & ((1 << BITS) - 1)

@@ -1,0 +1,138 @@
+"""Products of queries with packed keys, for `decoding_triton`."""
+
+# ruff: noqa: RET505 - the compiler wants an else where a constant decides
+# mypy: disable-error-code=assignment
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from ib_kernels.fields_triton import codes, read_high, read_words
+
+
+@triton.jit
+def read_query(
+    query,
+    rows,
+    live,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Query rows of every tile: fp16 [C, M] each, and what fp16 drops of them if SPLIT, else the same again."""
+    high = ()
+    low = ()
+    for h in tl.static_range(H):
+        x = h * C + tl.arange(0, C)
+        for i in tl.static_range(F):
+            inside = (x < T)[:, None] & live[None, :]
+            q = tl.load(query + rows[None, :].to(tl.int64) * D + (i * T + x)[:, None], mask=inside, other=0.0).to(tl.float32)
+            high = high + (q.to(tl.float16),)
+            if SPLIT:
+                low = low + ((q - q.to(tl.float16).to(tl.float32)).to(tl.float16),)
+            else:
+                low = low + (q.to(tl.float16),)
+    return high, low
+
+
+@triton.jit
+def kivi_logits(
+    words,
+    scale,
+    minimum,
+    rows,
+    group,
+    high,
+    low,
+    scaling,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """K q^T [32, M] of one group of tokens: codes times scaled query, plus minimum times query.
+
+    The scaled query is the sum of two fp16 numbers: channels of large keys need more than its eleven bits.
+    """
+    s = tl.zeros([32, M], tl.float32)
+    for h in tl.static_range(H):
+        x = h * C + tl.arange(0, C)
+        w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
+        w_high = read_high(words, rows, x, D, T, C, BITS, False)
+        for i in tl.static_range(F):
+            channel = group * D + i * T + (x if T % C == 0 else tl.minimum(x, T - 1))
+            k_scale = tl.load(scale + channel)
+            k_minimum = tl.load(minimum + channel)
+            q = high[h * F + i]
+            q_low = low[h * F + i]
+            scaled, rest = scale_query(q, tl.broadcast_to(k_scale[:, None], [C, M]), ASM)
+            u = codes(w_low, w_high, i, D, T, BITS, 0.0, ASM)
+            minima = tl.broadcast_to(k_minimum[None, :], [32, C])
+            if SPLIT:
+                rest += q_low * k_scale[:, None]
+                s = tl.dot(minima, q_low, s)
+            s = tl.dot(u, scaled, s)
+            s = tl.dot(u, rest, s)
+            s = tl.dot(minima, q, s)
+    return s * scaling
+
+
+@triton.jit
+def scale_query(q, scale, ASM: tl.constexpr):
+    """q * scale as the sum of two fp16 tensors [C, M]: the rounded product, and what rounding dropped."""
+    if ASM:
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [q, scale], dtype=tl.float16, is_pure=True, pack=2
+        )
+        rest = tl.inline_asm_elementwise(
+            "{.reg .b32 t; neg.f16x2 t, $3; fma.rn.f16x2 $0, $1, $2, t;}",
+            "=r,r,r,r",
+            [q, scale, product],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+        return product, rest
+    else:
+        exact = q.to(tl.float32) * scale.to(tl.float32)
+        product = exact.to(tl.float16)
+        return product, (exact - product.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def rotated_logits(
+    s,
+    words,
+    scale,
+    rows,
+    high,
+    low,
+    shift,
+    scaling,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """K q^T [N, M]: the scale of a token times (codes times query + s), plus the shift that the centre makes."""
+    k_scale = tl.load(scale + rows)
+    for h in tl.static_range(H):
+        x = h * C + tl.arange(0, C)
+        w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
+        w_high = read_high(words, rows, x, D, T, C, BITS, False)
+        for i in tl.static_range(F):
+            u = codes(w_low, w_high, i, D, T, BITS, 2.0 ** (BITS - 1), ASM)
+            s = tl.dot(u, high[h * F + i], s)
+            s = tl.dot(u, low[h * F + i], s)
+    return s * (k_scale.to(tl.float32) * scaling)[:, None] + (shift * scaling)[None, :]

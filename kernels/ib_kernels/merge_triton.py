@@ -1,0 +1,98 @@
+"""Merge of the partial results of a step by their log-sum-exp."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from ib_kernels.planning import Plan
+from ib_kernels.rotation_triton import constants, rotate
+from torch import Tensor
+
+
+def merge_slots(
+    plan: Plan, partial: Tensor, partial_lse: Tensor, bias: Tensor | None, window: bool, out: Tensor, lse: Tensor
+) -> None:
+    """Merge the slots of each pair.
+
+    Args:
+        plan: which slots belong to which pair, and which of them hold a rotated output.
+        partial, partial_lse: fp32 [slots, R, D] and [slots, R].
+        bias: fp32 [pairs, R], added to the log-sum-exp of all slots but the window's; or None.
+        window: whether the first slot of each pair is in use.
+        out, lse: fp32 [pairs, R, D] and [pairs, R]; a row that sees nothing gets 0 and -inf.
+    """
+    pairs, rows, head_dim = out.shape
+    merge_kernel[(pairs, rows)](
+        plan.slots,
+        plan.rotated,
+        partial,
+        partial_lse,
+        partial_lse if bias is None else bias,
+        out,
+        lse,
+        rows,
+        **constants(head_dim),
+        BIAS=bias is not None,
+        WINDOW=window,
+        ROTATED=plan.any_rotated,
+        num_warps=max(4, triton.next_power_of_2(head_dim) // 16),
+    )
+
+
+@triton.jit
+def merge_kernel(
+    slots,
+    rotated,
+    partial,
+    partial_lse,
+    bias,
+    out,
+    lse,
+    R,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    pair, r = tl.program_id(0), tl.program_id(1)
+    window = tl.load(slots + pair)
+    begin = window if WINDOW else window + 1
+    end = tl.load(slots + pair + 1)
+    shift = tl.load(bias + pair * R + r) if BIAS else 0.0
+    maximum = tl.full([32], -float("inf"), tl.float32)
+    for first in range(begin, end, 32):
+        slot = first + tl.arange(0, 32)
+        maximum = tl.maximum(maximum, slot_lse(partial_lse, slot, end, window, shift, R, r))
+    top = tl.max(maximum, 0)
+    top = tl.where(top == -float("inf"), 0.0, top)  # a row that sees nothing: all weights become 0, none NaN
+    d = tl.arange(0, DP)
+    total = tl.zeros([32], tl.float32)
+    plain = tl.zeros([DP], tl.float32)
+    turned = tl.zeros([DP], tl.float32)
+    for first in range(begin, end, 32):
+        slot = first + tl.arange(0, 32)
+        weight = tl.exp(slot_lse(partial_lse, slot, end, window, shift, R, r) - top)
+        total += weight
+        inside = (weight > 0)[:, None] & (d < D)[None, :]  # what has no weight may hold anything
+        o = tl.load(partial + (slot.to(tl.int64) * R + r)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        if ROTATED:
+            back = tl.load(rotated + slot, mask=slot < end, other=0) != 0
+            turned += tl.sum(o * tl.where(back, weight, 0.0)[:, None], 0)
+            weight = tl.where(back, 0.0, weight)
+        plain += tl.sum(o * weight[:, None], 0)
+    if ROTATED:
+        plain += rotate(turned, DP, BLOCK)
+    total = tl.sum(total, 0)
+    sees = total > 0
+    total = tl.where(sees, total, 1.0)
+    row = (pair * R + r).to(tl.int64)
+    tl.store(out + row * D + d, plain / total, mask=d < D)
+    tl.store(lse + row, tl.where(sees, tl.log(total) + top, -float("inf")))
+
+
+@triton.jit
+def slot_lse(lse, slot, end, window, shift, R, r):
+    x = tl.load(lse + slot.to(tl.int64) * R + r, mask=slot < end, other=-float("inf"))
+    return tl.where(slot > window, x + shift, x)

@@ -1,0 +1,108 @@
+"""Work items of one attention step: equal shares of the packed tokens, so that skewed lengths keep every core busy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from ib_kernels import ragged
+from ib_kernels.kivi import GROUP_TOKENS, group_counts
+from ib_kernels.packed import RAW_BITS, Packed
+from torch import Tensor
+
+ITEM_TOKENS = 128  # an item of fewer tokens would cost more to merge than to read
+ITEMS_PER_CORE = 12  # one-warp programs that a GPU core holds at the registers they use
+FIELDS = 5  # of an item: first row, tokens, first group of keys, run, slot
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every program of a step reads, and where it writes. Valid until the lengths change.
+
+    Attributes:
+        items: for each part int32 [W, 5]: first row, tokens (0 for an item without work), first group of keys, run, and the
+            slot of the partial result. W depends on the number of runs, not on their lengths, so a step can be captured
+            in a CUDA graph.
+        slots: int32 [pairs + 1], first slot of each pair: the window's partial result, then those of its items.
+        rotated: uint8 [slots], 1 where the output of a slot is still rotated.
+        any_rotated: whether any is.
+    """
+
+    items: tuple[Tensor, ...]
+    slots: Tensor
+    rotated: Tensor
+    any_rotated: bool
+
+
+@torch.no_grad()
+def plan(parts: Sequence[Packed], pairs: int, device: torch.device, items: int | None = None) -> Plan:
+    """Cut the runs of `parts` into about `items` pieces a part, by default what fills the GPU.
+
+    The pieces of a run have whole groups of 32 tokens and differ by one group at most. Nothing is read back from the GPU.
+
+    Args:
+        parts: packed tokens of the same batch; a pair may appear in several, and several times in one.
+        pairs: number of (sequence, KV head) pairs of the batch.
+        device: where the parts are.
+        items: pieces to aim at; every part gets up to `items` plus the number of its runs.
+    """
+    items = _items_that_fill(device) if items is None else items
+    sizes = [_piece_tokens(part.lengths, items) for part in parts]
+    counts = [-(-part.lengths.long() // size) for part, size in zip(parts, sizes)]
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    first_slots, slots = _slots(torch.cat([none, *(part.pairs.long() for part in parts)]), torch.cat([none, *counts]), pairs)
+    runs = [part.lengths.shape[0] for part in parts]
+    tables = tuple(
+        _items(part.lengths.long(), size, count, first, items + part.lengths.shape[0])
+        for part, size, count, first in zip(parts, sizes, counts, first_slots.split(runs))
+    )
+    nowhere = pairs + sum(table.shape[0] for table in tables)  # the slot of items without work
+    rotated = torch.zeros(nowhere + 1, dtype=torch.uint8, device=device)
+    for part, table in zip(parts, tables):
+        if is_rotated(part):
+            rotated.index_fill_(0, torch.where(table[:, 1] > 0, table[:, 4], nowhere).long(), 1)
+    return Plan(tables, slots, rotated[:nowhere], any(is_rotated(part) for part in parts))
+
+
+def is_rotated(part: Packed) -> bool:
+    """Whether attention to this part takes rotated queries and gives a rotated output."""
+    return part.format == "rotated" and part.key_bits != RAW_BITS
+
+
+def _items_that_fill(device: torch.device) -> int:
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return ITEMS_PER_CORE * cores
+
+
+def _piece_tokens(lengths: Tensor, items: int) -> Tensor:
+    """Tokens of the pieces of each run, whole groups: int64 [P]. All runs together give at most `items` + P pieces."""
+    most = _whole_groups(-(-lengths.sum() // items)).clamp(min=ITEM_TOKENS)
+    pieces = (-(-lengths.long() // most)).clamp(min=1)  # [P]
+    return _whole_groups(-(-lengths.long() // pieces)).clamp(min=GROUP_TOKENS)
+
+
+def _whole_groups(tokens: Tensor) -> Tensor:
+    return -(-tokens // GROUP_TOKENS) * GROUP_TOKENS
+
+
+def _slots(pairs: Tensor, counts: Tensor, pair_count: int) -> tuple[Tensor, Tensor]:
+    """First slot of every run int64 [runs], and of every pair int32 [pairs + 1], the window's slot included."""
+    order = pairs.argsort(stable=True)
+    before = ragged.starts(counts[order])  # slots of the runs in front
+    first = torch.empty_like(counts)
+    first[order] = before + pairs[order] + 1  # and one of the window for this pair and each in front
+    of_pair = counts.new_zeros(pair_count + 1).index_add(0, pairs + 1, counts)
+    slots = of_pair.cumsum(0) + torch.arange(pair_count + 1, device=counts.device)
+    return first, slots.to(torch.int32)
+
+
+def _items(lengths: Tensor, size: Tensor, counts: Tensor, first_slot: Tensor, width: int) -> Tensor:
+    item = torch.arange(width, device=lengths.device)
+    run = torch.searchsorted(counts.cumsum(0), item, right=True).clamp(max=lengths.shape[0] - 1)
+    piece = item - ragged.starts(counts)[run]
+    begin = piece * size[run]
+    tokens = torch.where(item < counts.sum(), torch.minimum(size[run], lengths[run] - begin), 0)
+    row = ragged.starts(lengths)[run] + begin
+    group = ragged.starts(group_counts(lengths))[run] + begin // GROUP_TOKENS
+    return torch.stack([row, tokens, group, run, first_slot[run] + piece], dim=1).to(torch.int32)

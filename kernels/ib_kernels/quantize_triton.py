@@ -1,0 +1,75 @@
+"""What both quantizers share: which tokens a program takes, where they lie, and division that rounds as on a CPU."""
+
+# ruff: noqa: RET505 - the compiler wants an else where a constant decides
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ib_kernels import ragged
+from torch import Tensor
+
+FP16_MAX = tl.constexpr(65504.0)
+
+
+def pieces(lengths: Tensor, size: int) -> Tensor:
+    """Pieces of `size` tokens, the last of a run shorter: int32 [G, 3], first row, tokens and run."""
+    counts = (lengths + size - 1) // size
+    run = ragged.run_of_row(counts)  # [G]
+    begin = ragged.position_in_run(counts) * size
+    return torch.stack([ragged.starts(lengths)[run] + begin, (lengths[run] - begin).clamp(max=size), run], 1).to(torch.int32)
+
+
+def source(x: Tensor) -> tuple[int, ...]:
+    """Arguments of `addresses` for x [B, heads, T, D]: heads, T and the strides."""
+    return (x.shape[1], x.shape[2], *x.stride()[:3])
+
+
+def fused() -> bool:
+    """Whether a multiply-add rounds once. Under Triton's interpreter it rounds twice."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def empty(dtype: torch.dtype, like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def constants(head_dim: int, bits: int) -> dict[str, Any]:
+    """Arguments that select one compiled variant of a kernel that quantizes or unpacks."""
+    return {"D": head_dim, "BITS": bits, "FUSED": fused()}
+
+
+@triton.jit
+def addresses(x, rows, at, heads, length, batch_stride, head_stride, token_stride):
+    """Where the rows rows[at] [N] of x [B, heads, length, D] begin, all of one head."""
+    row = tl.load(rows + at).to(tl.int32)
+    pair = tl.load(rows).to(tl.int32) // length
+    head = (pair // heads).to(tl.int64) * batch_stride + (pair % heads).to(tl.int64) * head_stride
+    return x + head + (row - pair * length).to(tl.int64) * token_stride
+
+
+@triton.jit
+def in_range(x):
+    """x in fp32, within the fp16 range; NaN stays NaN."""
+    x = tl.maximum(x.to(tl.float32), -FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def divide(x, divisor, FUSED: tl.constexpr):
+    """x [...] / divisor [..., 1 allowed], rounded to the nearest float.
+
+    One division per divisor, not per element: the product with its reciprocal, corrected by the remainder, which a fused
+    multiply-add gives exactly (Markstein 1990). The result is the correctly rounded quotient if the divisor has eleven bits,
+    as an fp16 scale has, and for sqrt(2) in fp32, for which all mantissas were tried.
+    """
+    if FUSED:
+        inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), x.shape)
+        quotient = x * inverse
+        return tl.fma(tl.fma(-quotient, tl.broadcast_to(divisor, x.shape), x), inverse, quotient)
+    else:
+        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))

@@ -1,0 +1,172 @@
+"""Attention over tokens at full precision: tiers of 16 bits, and the window of recent tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LN2 = tl.constexpr(math.log(2))
+TOKENS = 64  # of one pass of the loop
+
+
+def attend_items(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pairs: Tensor,
+    items: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Fill the slots of `items` int32 [W, 5] (see `plan`) from keys and values [N, D] of P runs of `pairs` int32 [P]."""
+    _launch(items.shape[0], query, keys, values, pairs, items, None, 0, out, lse, scaling, softcap)
+
+
+def attend_window(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    slots: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Fill slot slots[p] of each pair p from contiguous keys and values [pairs, T, D].
+
+    mask is bool [B or 1, M, T], pair p belonging to sequence p // (pairs / B) and query row r to position r % M; or None.
+    """
+    _launch(query.shape[0], query, keys, values, slots, slots, mask, keys.shape[1], out, lse, scaling, softcap)
+
+
+def _launch(
+    programs: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pairs: Tensor,
+    items: Tensor,
+    mask: Tensor | None,
+    window: int,
+    out: Tensor,
+    lse: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    rows, head_dim = query.shape[1:]
+    tile = 8 if rows <= 8 else 16
+    shared = mask is not None and mask.shape[0] == 1
+    raw_kernel[(programs, triton.cdiv(rows, tile))](
+        query,
+        keys,
+        values,
+        pairs,
+        items,
+        keys if mask is None else mask.view(torch.uint8),
+        out,
+        lse,
+        scaling,
+        1.0 if softcap is None else softcap,
+        rows,
+        window,
+        1 if mask is None else mask.shape[1],
+        0 if mask is None or shared else mask.shape[1] * mask.shape[2],
+        1 if mask is None or shared else query.shape[0] // mask.shape[0],
+        D=head_dim,
+        DP=triton.next_power_of_2(head_dim),
+        M=tile,
+        N=TOKENS,
+        SOFTCAP=softcap is not None,
+        WINDOW=window > 0,
+        MASK=mask is not None,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+@triton.jit
+def raw_kernel(
+    query,
+    keys,
+    values,
+    pairs,
+    items,
+    mask,
+    out,
+    lse,
+    scaling,
+    softcap,
+    R,
+    window,
+    positions,
+    mask_stride,
+    pairs_per_sequence,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    w = tl.program_id(0)
+    if WINDOW:
+        pair = w
+        tokens = window
+        first = w.to(tl.int64) * window
+        slot = tl.load(items + w).to(tl.int64)
+    else:
+        tokens = tl.load(items + w * 5 + 1)
+        if tokens == 0:
+            return
+        pair = tl.load(pairs + tl.load(items + w * 5 + 3))
+        first = tl.load(items + w * 5).to(tl.int64)
+        slot = tl.load(items + w * 5 + 4).to(tl.int64)
+    row = tl.program_id(1) * M + tl.arange(0, M)
+    live = row < R
+    d = tl.arange(0, DP)
+    inside = d < D
+    q = tl.load(query + (pair * R + row).to(tl.int64)[None, :] * D + d[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+    q = q.to(tl.float32)  # [DP, M]
+    scale = scaling if SOFTCAP else scaling * 1.4426950408889634
+    maximum = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([DP, M], tl.float32)
+    for t in tl.range(0, tokens, N):
+        position = t + tl.arange(0, N)
+        rows = first + tl.minimum(position, tokens - 1)
+        k = tl.load(keys + rows[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+        v = tl.load(values + rows[None, :] * D + d[:, None], mask=inside[:, None], other=0.0)  # [DP, N]
+        s = tl.dot(k.to(tl.float32), q, input_precision="tf32x3") * scale
+        if SOFTCAP:
+            s = tanh(s / softcap) * (softcap * 1.4426950408889634)
+        seen = (position < tokens)[:, None] & live[None, :]  # [N, M]
+        if MASK:
+            of_row = pair // pairs_per_sequence * mask_stride + row % positions * tokens
+            seen &= tl.load(mask + of_row[None, :] + position[:, None], mask=seen, other=0) != 0
+        s = tl.where(seen, s, -float("inf"))
+        new = tl.maximum(maximum, tl.max(s, 0))
+        finite = tl.where(new == -float("inf"), 0.0, new)  # rows that have seen nothing yet
+        fade = tl.exp2(maximum - finite)
+        p = tl.exp2(s - finite[None, :])
+        total = total * fade + tl.sum(p, 0)
+        acc = tl.dot(v.to(tl.float32), p, acc * fade[None, :], input_precision="tf32x3")
+        maximum = new
+    sees = total > 0
+    total = tl.where(sees, total, 1.0)
+    o = acc / total[None, :]
+    tl.store(out + slot * R * D + row[None, :] * D + d[:, None], o, mask=live[None, :] & inside[:, None])
+    tl.store(lse + slot * R + row, tl.where(sees, (maximum + tl.log2(total)) * LN2, -float("inf")), mask=live)
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)

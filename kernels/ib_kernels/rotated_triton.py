@@ -1,0 +1,255 @@
+"""The rotated format on a GPU: quantize and pack, and unpack. A program of one warp takes up to 32 tokens of a run.
+
+Every step of the arithmetic is the one of `rotated` in plain torch, in the same order, so the bits agree.
+A thread holds a whole token, as a tuple of tiles of C channels: most butterflies, and all packing, stay within its registers.
+"""
+
+
+# mypy: disable-error-code=assignment
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from ib_kernels.bitpack import words_per_token
+from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, pieces, source
+from ib_kernels.rotated import GAUSSIAN_STEP
+from torch import Tensor
+
+CENTRE_TOKENS = 512  # tokens that a program sums
+
+
+def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
+    """Parts (see `packed.Packed`) of keys around the centres fp16 [P, D], or of values if there are none."""
+    head_dim = x.shape[3]
+    words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
+    scale = empty(torch.float16, x, rows.shape[0], 1)
+    selected = pack_constants(head_dim, bits, centre is not None)
+    tokens = pieces(lengths, selected["N"])
+    if tokens.shape[0]:
+        tensors = (words, scale, scale if centre is None else centre)
+        pack_kernel[(tokens.shape[0],)](x, rows, tokens, *tensors, *source(x), **selected, num_warps=1)
+    return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
+
+
+def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -> Tensor:
+    """Rows fp32 [N, D] of a part of keys or of values."""
+    out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
+    centred = "centre" in part
+    selected = pack_constants(head_dim, bits, centred)
+    tokens = pieces(lengths, selected["N"])
+    if tokens.shape[0]:
+        tensors = (part["words"], part["scale"], part["centre"] if centred else part["scale"], out)
+        unpack_kernel[(tokens.shape[0],)](tokens, *tensors, **selected, num_warps=1)
+    return out
+
+
+def centre(keys: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the kept keys of every run: fp16 [P, D], 0 for an empty run."""
+    head_dim = keys.shape[3]
+    parts = pieces(lengths, CENTRE_TOKENS)
+    sums = empty(torch.float64, keys, parts.shape[0], head_dim)
+    if parts.shape[0]:
+        padded = triton.next_power_of_2(head_dim)
+        sum_kernel[(parts.shape[0],)](keys, rows, parts, sums, *source(keys), D=head_dim, DP=padded, num_warps=4)
+    totals = torch.zeros(lengths.shape[0], head_dim, dtype=torch.float64, device=keys.device)
+    totals.index_add_(0, parts[:, 2].long(), sums)
+    return (totals / lengths.clamp(min=1)[:, None]).float().to(torch.float16)
+
+
+def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
+    """Arguments that select one compiled variant of `pack_kernel` and `unpack_kernel`."""
+    block = head_dim & -head_dim
+    stripe = head_dim // 16 if bits == 3 else head_dim * bits // 16
+    return constants(head_dim, bits) | {
+        "C": min(8, stripe & -stripe),  # divides every stripe
+        "N": 32 if head_dim <= 128 else 16,  # tokens; two threads share one that is too large for the registers
+        "BLOCK": block,
+        "ROOT": math.sqrt(block),
+        "STEP": GAUSSIAN_STEP[bits],
+        "CENTRED": centred,
+    }
+
+
+@triton.jit
+def pack_kernel(
+    x,
+    rows,
+    pieces,
+    words,
+    scale,
+    centre,
+    heads,
+    length,
+    batch_stride,
+    head_stride,
+    token_stride,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    FUSED: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROOT: tl.constexpr,
+    STEP: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    first = tl.load(pieces + piece * 3).to(tl.int64)
+    tokens = tl.load(pieces + piece * 3 + 1)
+    run = tl.load(pieces + piece * 3 + 2).to(tl.int64)
+    at = tl.minimum(tl.arange(0, N), tokens - 1)  # beyond the end the last token again
+    token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
+    c = tl.arange(0, C)[None, :]
+    tiles = ()
+    for k in tl.static_range(D // C):
+        tile = in_range(tl.load(token[:, None] + k * C + c))  # [N, C]
+        if CENTRED:
+            tile -= tl.load(centre + run * D + k * C + c).to(tl.float32)
+        tiles = tiles + (tile,)
+    tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
+    squares = tl.zeros([N, C], tl.float64)
+    for k in tl.static_range(D // C):
+        squares += (tiles[k] * tiles[k]).to(tl.float64)
+    step = gaussian_step(tl.sum(squares, 1), STEP * STEP / D)  # [N]
+    divisor = tl.maximum(step.to(tl.float32), 2.0**-24)[:, None]  # a scale of 0 stands for a row of 0, whatever its codes
+    HALF: tl.constexpr = 2.0 ** (BITS - 1)
+    codes = ()
+    for k in tl.static_range(D // C):
+        level = tl.floor(divide(tiles[k], divisor, FUSED)) + HALF
+        codes = codes + (tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0),)
+    row = first + tl.arange(0, N)
+    live = tl.arange(0, N) < tokens
+    tl.store(scale + row, step, mask=live)
+    words += row[:, None] * (D * BITS // 16) + c
+    if BITS == 3:
+        high = ()
+        low = ()
+        for k in tl.static_range(D // C):
+            high = high + (tl.floor(codes[k] * 0.25),)
+            low = low + (codes[k] - 4.0 * high[k],)
+        store_plane(words, low, live, D, C, 2)
+        store_plane(words + D * 2 // 16, high, live, D, C, 1)
+    else:
+        store_plane(words, codes, live, D, C, BITS)
+
+
+@triton.jit
+def store_plane(words, codes, live, D: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
+    """Words [N, D * BITS / 16]: sums of 2**shift times codes, exact in fp32."""
+    TILES: tl.constexpr = D * BITS // 16 // C  # of a stripe
+    for j in tl.static_range(TILES):
+        word = codes[j]
+        for s in tl.static_range(1, 16 // BITS):
+            word += codes[s * TILES + j] * 2.0 ** (s * BITS)
+        tl.store(words + j * C, word.to(tl.int32).to(tl.int16), mask=live[:, None])
+
+
+@triton.jit
+def unpack_kernel(
+    pieces,
+    words,
+    scale,
+    centre,
+    out,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    FUSED: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROOT: tl.constexpr,
+    STEP: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    first = tl.load(pieces + piece * 3).to(tl.int64)
+    tokens = tl.load(pieces + piece * 3 + 1)
+    run = tl.load(pieces + piece * 3 + 2).to(tl.int64)
+    row = first + tl.minimum(tl.arange(0, N), tokens - 1)
+    c = tl.arange(0, C)[None, :]
+    words += row[:, None] * (D * BITS // 16) + c
+    step = tl.load(scale + row).to(tl.float32)[:, None]
+    tiles = ()
+    for k in tl.static_range(D // C):
+        if BITS == 3:
+            code = field(words, k, D, C, 2) + 4 * field(words + D * 2 // 16, k, D, C, 1)
+        else:
+            code = field(words, k, D, C, BITS)
+        tiles = tiles + ((code.to(tl.float32) - (2.0**BITS - 1.0) / 2.0) * step,)
+    tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
+    for k in tl.static_range(D // C):
+        tile = tiles[k]
+        if CENTRED:
+            tile += tl.load(centre + run * D + k * C + c).to(tl.float32)
+        tl.store(out + row[:, None] * D + k * C + c, tile, mask=(tl.arange(0, N) < tokens)[:, None])
+
+
+@triton.jit
+def field(words, k: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
+    """The fields of BITS bits of tile k in a plane: int32 [N, C]."""
+    TILES: tl.constexpr = D * BITS // 16 // C
+    word = tl.load(words + k % TILES * C).to(tl.int32)
+    return (word >> (k // TILES * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def turn(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr, FUSED: tl.constexpr):
+    """Tokens [N, D] times the block-Hadamard matrix, added up in the order of `rotated.rotate`; ROOT = sqrt(BLOCK)."""
+    for stage in tl.static_range(8):
+        if 1 << stage < BLOCK:
+            turned = ()
+            for k in tl.static_range(D // C):
+                if 1 << stage < C:
+                    turned = turned + (butterfly(tiles[k], C, N, 1 << stage),)
+                elif k & ((1 << stage) // C) == 0:
+                    turned = turned + (tiles[k] + tiles[k + (1 << stage) // C],)
+                else:
+                    turned = turned + (tiles[k - (1 << stage) // C] - tiles[k],)
+            tiles = turned
+    scaled = ()
+    for k in tl.static_range(D // C):
+        if ROOT % 1 == 0:  # a power of two
+            scaled = scaled + (tiles[k] * (1.0 / ROOT),)
+        else:
+            scaled = scaled + (divide(tiles[k], tl.full([1, 1], ROOT, tl.float32), FUSED),)
+    return scaled
+
+
+@triton.jit
+def butterfly(tile, C: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+    """Sum and difference of channels that are HALF apart, in tiles [N, C]."""
+    pairs = tl.permute(tl.reshape(tile, [N, C // (2 * HALF), 2, HALF]), [0, 1, 3, 2])
+    left, right = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(left + right, left - right), [0, 1, 3, 2]), [N, C])
+
+
+@triton.jit
+def gaussian_step(squares, FACTOR: tl.constexpr):
+    """fp16 root of squares fp64 [N] times FACTOR: the float root, and one step of Newton's in double precision."""
+    target = squares * FACTOR
+    root = tl.sqrt(target.to(tl.float32))
+    safe = tl.maximum(root, 2.0**-100)
+    root64 = root.to(tl.float64)
+    step = (root64 + (target - root64 * root64) * (0.5 / safe).to(tl.float64)).to(tl.float32)
+    return tl.minimum(step, FP16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+
+
+@triton.jit
+def sum_kernel(x, rows, pieces, sums, heads, length, batch_stride, head_stride, token_stride, D: tl.constexpr, DP: tl.constexpr):
+    """Sum of the rows of each piece, fp64 so that the order does not show in the fp16 mean."""
+    piece = tl.program_id(0)
+    first = tl.load(pieces + piece * 3).to(tl.int64)
+    tokens = tl.load(pieces + piece * 3 + 1)
+    d = tl.arange(0, DP)
+    total = tl.zeros([DP], tl.float64)
+    for t in range(0, tokens, 32):
+        at = t + tl.arange(0, 32)
+        token = addresses(x, rows + first, tl.minimum(at, tokens - 1), heads, length, batch_stride, head_stride, token_stride)
+        inside = (at < tokens)[:, None] & (d < D)[None, :]
+        total += tl.sum(in_range(tl.load(token[:, None] + d[None, :], mask=inside, other=0.0)).to(tl.float64), 0)
+    tl.store(sums + piece.to(tl.int64) * D + d, total, mask=d < D)
