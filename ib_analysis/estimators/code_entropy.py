@@ -22,8 +22,8 @@ SAMPLES_PER_LEVEL = 10
 class CodeEntropy:
     """sum_j H(y_j) of the columns of codes y: the memoryless code rate, with the correction of Miller and Madow.
 
-    I(X; Y) = H(Y) if y is a function of x, and the sum is at least H(Y): it ignores what columns share. For a tighter value
-    subtract `total_correlation_bits` of the codes, which is exact for Gaussians at high resolution. x is not looked at.
+    I(X; Y) = H(Y) if y is a function of x, else less; and the sum is at least H(Y), as it ignores what columns share. For
+    a tighter value subtract `total_correlation_bits` of the codes: right for Gaussians at high resolution. x is not looked at.
     """
 
     name: ClassVar[str] = "code_entropy"

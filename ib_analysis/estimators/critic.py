@@ -1,8 +1,9 @@
 """Lower bounds on information from a trained critic, which scores how well x and y go together.
 
-The critic is f(x) . g(y) + a(x) + b(y), from two networks with two hidden layers and a linear bypass. All heads are trained at
-once, each with its own critic. Half of the documents train it, a quarter says when to stop, and the last quarter is measured:
-it has had no say, so its mean is a lower bound up to luck.
+The critic is f(x) . g(y) + a(x) + b(y), from two networks with two hidden layers and a linear bypass. Half of the documents
+train it, a quarter says when to stop, and the last quarter is measured: it has had no say, so its mean is a lower bound up to
+luck. Critics of all heads are trained at once, and with them critics that see only half and a quarter of the training samples:
+if these do worse, more samples would do better, and the estimate has not converged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import relu
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
-from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, limited
+from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
 from ib_analysis.estimators.samples import Samples, standardized
 
 HIDDEN = 32
@@ -26,11 +27,12 @@ EMBEDDING = 8
 BATCH = 256
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 0.3
-MOST_STEPS = 3000
+MOST_STEPS = 2000
 STEPS_PER_CHECK = 50
 PATIENCE = 8  # checks without a better bound
 FEWEST_SAMPLES = 64
-FEWEST_DOCUMENTS = 4
+FEWEST_DOCUMENTS = 8
+PARTS = (1, 2, 4)  # critics of a head are trained on all training samples, on half of them, on a quarter
 
 Contributions = Callable[[Tensor], Tensor]  # of scores [..., B, B], pairs on the diagonal: nats [..., B] whose mean is the bound
 Pair = tuple[Tensor, Tensor]  # x [H, N, dx] and y [H, N, dy]
@@ -45,20 +47,35 @@ def lower_bound(samples: Samples, contributions: Contributions) -> Estimate:
         )
     x, y = (standardized(values).float().reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y))
     train, stop, last = (torch.as_tensor(rows, device=x.device) for rows in _split(samples.documents))
-    critic = _Critic(len(x), samples.dim_x, samples.dim_y, x.device)
-    converged = _train(critic, contributions, (x[:, train], y[:, train]), (x[:, stop], y[:, stop]))
-    nats = critic.contributions(contributions, (x[:, last], y[:, last])).double()  # [H, M]
-    bits = nats.reshape(*samples.x.shape[:-2], -1) / log(2)
-    rows = last[: bits.shape[-1]].cpu().numpy()
-    documents = np.unique(samples.documents[rows], return_inverse=True)[1]
-    low, high = bootstrap_interval(bits.mean(-1), bits, documents)
+    critics = _Critics(len(PARTS) * len(x), samples.dim_x, samples.dim_y, x.device)
+    stopped = _train(critics, contributions, (x[:, train], y[:, train]), _repeated((x[:, stop], y[:, stop])))
+    nats = critics.contributions(contributions, _repeated((x[:, last], y[:, last]))).double()
+    bits = nats.reshape(len(PARTS), *samples.x.shape[:-2], -1) / log(2)  # [parts, ..., M]
+    whole, halves, quarters = bits.mean(-1)
+    used = last[: bits.shape[-1]].cpu().numpy()
+    documents = np.unique(samples.documents[used], return_inverse=True)[1]
+    low, high = bootstrap_interval(whole, bits[0], documents)
+    drift = drifts(whole, halves, quarters, (high - low) / 2) | ~stopped.reshape(len(PARTS), *whole.shape)[0]
     ceiling = log2(min(BATCH, len(last)))
-    flags = {SATURATED: bits.mean(-1) > SATURATED_SHARE * ceiling, NOT_CONVERGED: ~converged.reshape(low.shape)}
-    return limited(samples, bits.mean(-1), low, high, flags)
+    return limited(samples, whole, low, high, {SATURATED: whole > SATURATED_SHARE * ceiling, NOT_CONVERGED: drift})
 
 
-class _Critic:
-    """One critic for each of H heads."""
+def _repeated(pair: Pair) -> Pair:
+    """The same samples for the critics of each part: [parts * H, N, d]."""
+    return pair[0].repeat(len(PARTS), 1, 1), pair[1].repeat(len(PARTS), 1, 1)
+
+
+def _batch(train: Pair, generator: torch.Generator) -> Pair:
+    """Random training samples [parts * H, B, d], for each critic among those that it may see."""
+    count = train[0].shape[1]
+    rows = [torch.randperm(count // part, generator=generator)[:BATCH].to(train[0].device) for part in PARTS]
+    fewest = min(len(row) for row in rows)
+    x, y = (torch.cat([values[:, row[:fewest]] for row in rows]) for values in train)
+    return x, y
+
+
+class _Critics:
+    """H critics."""
 
     def __init__(self, heads: int, dim_x: int, dim_y: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -80,18 +97,17 @@ class _Critic:
     def parameters(self) -> list[Tensor]:
         return self.x + self.y
 
-    def scores(self, pair: Pair, batches: int) -> Tensor:
-        """Scores [H, batches, B, B] of each x with each y of its batch."""
-        f, g = (_embedded(network, values).unflatten(1, (batches, -1)) for network, values in zip((self.x, self.y), pair))
-        product = f[..., :-1] @ g[..., :-1].mT / EMBEDDING**0.5
-        return product + f[..., -1:] + g[..., -1:].mT
+    def scores(self, pair: Pair) -> Tensor:
+        """Scores [H, B, B] of each x [H, B, dx] with each y [H, B, dy]."""
+        f, g = (_embedded(network, values) for network, values in zip((self.x, self.y), pair))
+        return f[..., :-1] @ g[..., :-1].mT / EMBEDDING**0.5 + f[..., -1:] + g[..., -1:].mT
 
     @torch.no_grad()
     def contributions(self, contributions: Contributions, pair: Pair) -> Tensor:
         """Contributions [H, M] in batches; samples that do not fill the last batch are left out."""
-        batches = max(1, pair[0].shape[1] // BATCH)
-        x, y = (values[:, : batches * BATCH] for values in pair)
-        return contributions(self.scores((x, y), batches)).flatten(1)
+        starts = range(0, max(1, pair[0].shape[1] // BATCH) * BATCH, BATCH)
+        batches = [(pair[0][:, start : start + BATCH], pair[1][:, start : start + BATCH]) for start in starts]
+        return torch.cat([contributions(self.scores(batch)) for batch in batches], dim=1)
 
 
 def _embedded(parameters: list[Tensor], values: Tensor) -> Tensor:
@@ -102,29 +118,27 @@ def _embedded(parameters: list[Tensor], values: Tensor) -> Tensor:
     return torch.baddbmm(torch.baddbmm(last_bias, hidden, last), values, bypass)
 
 
-def _train(critic: _Critic, contributions: Contributions, train: Pair, stop: Pair) -> Tensor:
-    """Leaves the parameters that were best on the stopping samples; returns which heads had stopped improving [H]."""
+def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: Pair) -> Tensor:
+    """Leaves the parameters that were best on the stopping samples; returns which critics had stopped improving [H]."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(critic.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    best = critic.contributions(contributions, stop).mean(-1)  # [H]
-    kept = [parameter.detach().clone() for parameter in critic.parameters]
+    optimizer = torch.optim.AdamW(critics.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    best = critics.contributions(contributions, stop).mean(-1)  # [H]
+    kept = [parameter.detach().clone() for parameter in critics.parameters]
     waited = torch.zeros_like(best)
-    count = train[0].shape[1]
     for step in range(1, MOST_STEPS + 1):
-        rows = torch.randperm(count, generator=generator)[:BATCH].to(train[0].device)
-        bound = contributions(critic.scores((train[0][:, rows], train[1][:, rows]), 1)).mean((1, 2))
+        bound = contributions(critics.scores(_batch(train, generator))).mean(-1)  # [H]
         optimizer.zero_grad()
         (-bound.sum()).backward()
         optimizer.step()
         if step % STEPS_PER_CHECK == 0:
-            now = critic.contributions(contributions, stop).mean(-1)
+            now = critics.contributions(contributions, stop).mean(-1)
             better = now > best
             best, waited = torch.where(better, now, best), torch.where(better, 0, waited + 1)
-            for parameter, old in zip(critic.parameters, kept):
+            for parameter, old in zip(critics.parameters, kept):
                 old[better] = parameter.detach()[better]
             if (waited >= PATIENCE).all():
                 break
-    for parameter, old in zip(critic.parameters, kept):
+    for parameter, old in zip(critics.parameters, kept):
         parameter.data.copy_(old)
     return waited >= PATIENCE
 

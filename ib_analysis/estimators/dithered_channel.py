@@ -17,6 +17,7 @@ from ib_analysis.estimators.samples import Array, check_samples
 
 SPACE_FILLING_BITS = log2(2 * pi * e / 12) / 2  # by which uniform noise can say more than Gaussian noise: 0.2546 a dimension
 LEAST_NOISE = 1e-12  # of y's variance; below, y is a copy up to rounding
+MOST_NOISE = 0.5  # of y's variance; beyond, no quantizer made y, as even one of 1 bit leaves 0.36
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,11 @@ def _in_units_of_noise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     gain = (x * y).mean(-2, keepdim=True) / x.square().mean(-2, keepdim=True)
     noise = y - gain * x
     power = noise.square().mean(-2, keepdim=True)  # [..., 1, d]
-    if (power < LEAST_NOISE * y.square().mean(-2, keepdim=True)).any():
+    share = power / y.square().mean(-2, keepdim=True)
+    if (share < LEAST_NOISE).any():
         raise EstimatorError("y is a copy of x up to rounding in some channel, so its information is infinite")
+    if (share > MOST_NOISE).any():
+        raise EstimatorError("y shares less than half of its variance with x in some channel: it is no decoded x, use Gaussian")
     return gain * x / power.sqrt(), noise / power.sqrt()
 
 

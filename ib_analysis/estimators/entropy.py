@@ -35,7 +35,7 @@ def column_entropies_bits(values: Tensor) -> Tensor:
     entropy = entropy + (distinct_values(occurrence) - 1) / (2 * count * log(2))
     integers = (values == values.round()).all(-2)
     levels = values.amax(-2).double() - values.amin(-2).double() + 1
-    return entropy.minimum(levels.log2().where(integers, torch.inf))
+    return entropy.minimum(levels.log2().where(integers, torch.inf)).clamp(min=0)  # rounding
 
 
 def entropy_limit_bits(values: Tensor) -> Tensor:

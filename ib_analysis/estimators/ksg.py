@@ -76,6 +76,7 @@ def _counts_of_scalars(
     pairs = np.concatenate([x, y], axis=1)
     radius = np.asarray(cKDTree(pairs).query(pairs, neighbours + 1, p=np.inf)[0])[:, -1]
     _check_radius(float(radius.min()) ** 2, neighbours)
+    radius = radius * (1 - 1e-9)  # or rounding would count the neighbour at the very radius
 
     def nearer(values: NDArray[np.float64]) -> NDArray[np.int64]:
         ordered = np.sort(values)

@@ -22,7 +22,7 @@ class MINE:
     name: ClassVar[str] = "mine"
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
-        """See Estimator. Needs 64 samples of 4 documents: half trains the critic, a quarter is measured."""
+        """See Estimator. Needs 64 samples of 8 documents: half trains the critic, a quarter is measured."""
         return lower_bound(check_samples(x, y, documents), contributions)
 
 

@@ -19,7 +19,7 @@ class NWJ:
     name: ClassVar[str] = "nwj"
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
-        """See Estimator. Needs 64 samples of 4 documents: half trains the critic, a quarter is measured."""
+        """See Estimator. Needs 64 samples of 8 documents: half trains the critic, a quarter is measured."""
         return lower_bound(check_samples(x, y, documents), contributions)
 
 

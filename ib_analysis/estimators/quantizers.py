@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize_scalar, root
 from scipy.special import ndtr, ndtri
 
-ROUNDS = 20_000
-TOLERANCE = 1e-13  # of the distortion, from one round to the next
 REACH = 9.0  # deviations beyond which the normal density is neglected
 
 
@@ -62,15 +60,16 @@ def optimal_uniform(bits: int) -> ScalarQuantizer:
 def lloyd_max(bits: int) -> ScalarQuantizer:
     """The levels of least distortion (Lloyd 1982; Max 1960, table I): each level the mean of its cell, thresholds halfway."""
     count = 2**bits
-    levels = sqrt(3) * ndtri((np.arange(count) + 0.5) / count)  # the best density of levels as their number grows
-    distortion = np.inf
-    for _ in range(ROUNDS):
-        quantizer = ScalarQuantizer((levels[1:] + levels[:-1]) / 2, levels)
-        if distortion - quantizer.distortion < TOLERANCE:
-            break
-        distortion = quantizer.distortion
-        levels = _first_moments(quantizer._edges) / quantizer.probabilities
-    return quantizer
+
+    def between(levels: NDArray[np.float64]) -> ScalarQuantizer:
+        return ScalarQuantizer((levels[1:] + levels[:-1]) / 2, levels)
+
+    def offsets(levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        quantizer = between(levels)
+        return _first_moments(quantizer._edges) / quantizer.probabilities - levels
+
+    start = sqrt(3) * ndtri((np.arange(count) + 0.5) / count)  # the best density of levels as their number grows
+    return between(root(offsets, start, tol=1e-12).x)
 
 
 def dithered_bits(step: float) -> float:

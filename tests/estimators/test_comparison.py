@@ -1,0 +1,30 @@
+"""The table of every estimator on every task."""
+
+import pytest
+
+from ib_analysis.estimators import ESTIMATORS, CodeEntropy, Gaussian
+from ib_analysis.estimators.comparison import compare
+from ib_analysis.tasks.known_information import KNOWN_TASKS, normal, quantized_gaussian
+
+
+def test_rows_say_how_each_method_did():
+    tasks = [normal(), quantized_gaussian(2, bits=2, step=1.0)]
+    table = compare(500, [Gaussian(), CodeEntropy()], tasks)
+    assert table[["task", "estimator"]].to_numpy().tolist() == [[t.name, m] for t in tasks for m in ("gaussian", "code_entropy")]
+    assert (table["truth_bits"] == [task.information_bits for task in tasks for _ in range(2)]).all()
+    done = table[table["refused"] == ""]
+    assert len(done) == 3
+    assert (done["error_bits"] == done["bits"] - done["truth_bits"]).all()
+    assert (done["covers"] == ((done["low_bits"] <= done["truth_bits"]) & (done["truth_bits"] <= done["high_bits"]))).all()
+    assert (done["seconds"] > 0).all()
+    refused = table[table["refused"] != ""]
+    assert refused["estimator"].tolist() == ["code_entropy"]
+    assert refused["bits"].isna().all()
+    assert table.loc[3, "error_bits"] == pytest.approx(0, abs=0.1)
+
+
+def test_every_estimator_meets_every_task_by_default():
+    assert compare.__defaults__ is not None
+    _, estimators, tasks, _ = compare.__defaults__
+    assert list(estimators) == list(ESTIMATORS.values())
+    assert list(tasks) == list(KNOWN_TASKS.values())
