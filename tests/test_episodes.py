@@ -80,4 +80,4 @@ def test_bad_prompts(embedded, prompts, said):
 
 def test_empty_text(embedded):
     with pytest.raises(CalibrationError, match="prompt 0"):
-        make_episodes(*embedded, [""])
+        make_episodes(embedded[0], embedded[1], [""])

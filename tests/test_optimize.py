@@ -124,8 +124,7 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
     model, _ = embedded
     path = tmp_path / "profile.safetensors"
     replays = bench.calibration
-    arguments = {"settings": {}, "seed": 1}
-    expected = calibrate(replays, model, bench.profile.pinned, "value_aware", **arguments)
+    expected = calibrate(replays, model, bench.profile.pinned, "value_aware", settings={}, seed=1)
     calls = 0
     original = ib_calibration.gradient_prices
 
@@ -138,11 +137,11 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ib_calibration, "gradient_prices", killed)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, **arguments)
+        calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, settings={}, seed=1)
     assert Profile.load(path).priced == 8
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     calls = 100
-    resumed = calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, **arguments)
+    resumed = calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, settings={}, seed=1)
     assert calls == 100 + len(replays) - 8
     np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
 
@@ -199,5 +198,5 @@ def test_texts_and_token_ids_and_a_model_without_tokenizer(embedded):
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="prompts calibrate"):
         allocation = optimal_allocation(model, 1 / 4, prompts=[torch.randint(3, 2000, (120,)) for _ in range(3)])
-    assert allocation.validation.accuracy is None
+    assert allocation.validation is not None and allocation.validation.accuracy is None
     assert allocation.nbytes(105) <= 105 * allocation.shape.bytes_per_token / 4

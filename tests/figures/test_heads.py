@@ -33,4 +33,5 @@ def test_three_panels_with_every_head():
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["tokens kept (share)", "key bits", "value bits"]
     cells = figure.axes[0].collections[0].get_array()
+    assert cells is not None
     assert cells.reshape(2, 2).tolist() == [[1.0, 0.0], [0.5, 1.0]]

@@ -1,6 +1,7 @@
 """The trade-off figure plots its table, and is written with it."""
 
 import pandas as pd
+from matplotlib.container import ErrorbarContainer
 
 from ib_analysis.figures.style import save_figure
 from ib_analysis.figures.tradeoff import plot_tradeoff
@@ -18,7 +19,7 @@ TABLE = pd.DataFrame(
 
 def test_every_row_is_a_point():
     axes = plot_tradeoff(TABLE).axes[0]
-    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    lines = {str(found.get_label()): found.lines[0] for found in axes.containers if isinstance(found, ErrorbarContainer)}
     assert lines["optimal"].get_xydata().tolist() == [[256.0, 1.7], [512.0, 1.9]]
     assert lines["prune-only"].get_xydata().tolist() == [[512.0, -0.5]]
     assert "quantize-only" not in lines

@@ -31,15 +31,16 @@ def probabilities(block, b, h):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_shape_and_finiteness(name, block):
-    scores = SCORERS[name](*block, SCALING)
+    query, keys, values, valid = block
+    scores = SCORERS[name](query, keys, values, valid, SCALING)
     assert scores.shape == (B, H_KV, T)
     assert torch.isfinite(scores[0]).all()
     assert torch.isfinite(scores[1, :, 5:]).all()
 
 
 def test_value_aware_is_rms_attention_times_distance_to_the_output(block):
-    _, _, values, _ = block
-    scores = SCORERS["value_aware"](*block, SCALING)
+    query, keys, values, valid = block
+    scores = SCORERS["value_aware"](query, keys, values, valid, SCALING)
     for kv in range(H_KV):
         moved = torch.zeros(T, dtype=torch.float64)
         for h in range(kv * 2, kv * 2 + 2):
@@ -52,5 +53,6 @@ def test_value_aware_is_rms_attention_times_distance_to_the_output(block):
 
 
 def test_streaming_llm_prefers_recent_tokens(block):
-    scores = SCORERS["streaming_llm"](*block, SCALING)
+    query, keys, values, valid = block
+    scores = SCORERS["streaming_llm"](query, keys, values, valid, SCALING)
     assert torch.equal(scores[0, 0].argsort(descending=True), torch.arange(T).flip(0))
