@@ -25,7 +25,6 @@ from torch import Tensor
 LN2 = tl.constexpr(math.log(2))
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
-STAGES = {"kivi": 3, "rotated": 2}  # deeper would leave shared memory for fewer programs at once
 
 
 def attend(
@@ -35,15 +34,16 @@ def attend(
 
     Args:
         packed: tokens of 2, 3, 4 or 8 bits.
-        query: kivi [pairs, R, D]; rotated fp32 [P, R, D], rotated for each run (see `rotate_triton`).
+        query: kivi [pairs, R, D]; rotated fp32 [P, R, D], rotated for each run (see `rotation_triton`).
         shifts: rotated fp32 [P, R, 2], what to add to the product of rotated query and codes, and to the logits; else unused.
         items: int32 [W, 5] of `plan`.
         out, lse: fp32 [slots, R, D] and [slots, R]; the output of a rotated format is still rotated.
     """
     rows = query.shape[1]
-    tile = row_tile(rows, packed.head_dim)
+    form = (packed.format, packed.head_dim, packed.key_bits, packed.value_bits)
+    selected = variant(*form, rows, query.dtype, softcap is not None)
     minimum = "minimum" if packed.format == "kivi" else "scale"
-    attend_kernel[(items.shape[0], triton.cdiv(rows, tile))](
+    attend_kernel[(items.shape[0], triton.cdiv(rows, selected["M"]))](
         query,
         shifts,
         packed.pairs,
@@ -55,32 +55,49 @@ def attend(
         scaling,
         1.0 if softcap is None else softcap,
         rows,
-        **variant(packed.format, packed.head_dim, packed.key_bits, packed.value_bits, rows, query.dtype, softcap is not None),
+        **selected,
+        **options(*form, capability(query)),
         ASM=os.environ.get("TRITON_INTERPRET") != "1",
-        num_warps=1,
-        num_stages=STAGES[packed.format],
     )
 
 
-def row_tile(rows: int, head_dim: int) -> int:
-    """Query rows of one program: as many as its registers hold."""
-    return 16 if rows > 8 and head_dim <= 128 else 8
+def capability(tensor: Tensor) -> int:
+    """80, 90, 100, ... of the GPU that holds the tensor; 0 on a CPU."""
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def variant(
     fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool
 ) -> dict[str, Any]:
     """Constants that select one compiled variant of `attend_kernel`."""
+    small = fmt == "rotated" and head_dim <= 128
+    wide = small and rows > 8 and 3 not in (key_bits, value_bits)
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
-        "M": row_tile(rows, head_dim),
-        "N": 32 if fmt == "kivi" else 64,
+        "M": 16 if wide else 8,  # query rows and tokens of one pass: what the registers hold
+        "N": 64 if small and not wide else 32,
         "SPLIT": dtype == torch.float32,
         "SOFTCAP": softcap,
         **constants("K", head_dim, key_bits),
         **constants("V", head_dim, value_bits),
     }
+
+
+def options(fmt: str, head_dim: int, key_bits: int, value_bits: int, capability: int) -> dict[str, Any]:
+    """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
+
+    Without a limit the assembler aims for 168 registers, so that a core holds 12 warps, sometimes at the price of spilling.
+    """
+    thirds, odd = 3 in (key_bits, value_bits), head_dim & (head_dim - 1) != 0
+    if fmt == "rotated":
+        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or thirds or odd else None}
+    if head_dim > 128 or (key_bits == 3 and odd):
+        return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
+    return {"num_warps": 1, "num_stages": 1 if key_bits == 3 else 3, "maxnreg": 255 if thirds or odd else None}
 
 
 @triton.jit

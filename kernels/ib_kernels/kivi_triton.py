@@ -162,13 +162,20 @@ def span(low, high, BITS: tl.constexpr):
 
 @triton.jit
 def least(x, axis: tl.constexpr, FUSED: tl.constexpr):
-    """Minimum along an axis, NaN if there is one. The interpreter's own is that."""
-    return tl.reduce(x, axis, smaller) if FUSED else tl.min(x, axis)
+    """Minimum along an axis, NaN if there is one."""
+    if FUSED:
+        return tl.reduce(x, axis, smaller)
+    else:  # the interpreter takes a second for that
+        return tl.where(tl.max((x != x).to(tl.int32), axis) > 0, float("nan"), tl.min(x, axis))
 
 
 @triton.jit
 def most(x, axis: tl.constexpr, FUSED: tl.constexpr):
-    return tl.reduce(x, axis, larger) if FUSED else tl.max(x, axis)
+    """Maximum along an axis, NaN if there is one."""
+    if FUSED:
+        return tl.reduce(x, axis, larger)
+    else:
+        return tl.where(tl.max((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from ib_kernels.planning import Plan
@@ -22,6 +24,7 @@ def merge_slots(
         out, lse: fp32 [pairs, R, D] and [pairs, R]; a row that sees nothing gets 0 and -inf.
     """
     pairs, rows, head_dim = out.shape
+    selected, options = variant(head_dim, bias is not None, window, plan.any_rotated)
     merge_kernel[(pairs, rows)](
         plan.slots,
         plan.rotated,
@@ -31,12 +34,15 @@ def merge_slots(
         out,
         lse,
         rows,
-        **constants(head_dim),
-        BIAS=bias is not None,
-        WINDOW=window,
-        ROTATED=plan.any_rotated,
-        num_warps=max(4, triton.next_power_of_2(head_dim) // 16),
+        **selected,
+        **options,
     )
+
+
+def variant(head_dim: int, bias: bool, window: bool, rotated: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants that select one compiled variant of `merge_kernel`, and how to launch it."""
+    flags = {"BIAS": bias, "WINDOW": window, "ROTATED": rotated}
+    return constants(head_dim) | flags, {"num_warps": max(4, triton.next_power_of_2(head_dim) // 16), "num_stages": 1}
 
 
 @triton.jit

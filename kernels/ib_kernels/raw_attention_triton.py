@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -62,9 +63,9 @@ def _launch(
     softcap: float | None,
 ) -> None:
     rows, head_dim = query.shape[1:]
-    tile = 8 if rows <= 8 else 16
+    selected, options = variant(head_dim, rows, softcap is not None, window > 0, mask is not None)
     shared = mask is not None and mask.shape[0] == 1
-    raw_kernel[(programs, triton.cdiv(rows, tile))](
+    raw_kernel[(programs, triton.cdiv(rows, selected["M"]))](
         query,
         keys,
         values,
@@ -80,16 +81,23 @@ def _launch(
         1 if mask is None else mask.shape[1],
         0 if mask is None or shared else mask.shape[1] * mask.shape[2],
         1 if mask is None or shared else query.shape[0] // mask.shape[0],
-        D=head_dim,
-        DP=triton.next_power_of_2(head_dim),
-        M=tile,
-        N=TOKENS,
-        SOFTCAP=softcap is not None,
-        WINDOW=window > 0,
-        MASK=mask is not None,
-        num_warps=4,
-        num_stages=2,
+        **selected,
+        **options,
     )
+
+
+def variant(head_dim: int, rows: int, softcap: bool, window: bool, mask: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants that select one compiled variant of `raw_kernel`, and how to launch it."""
+    constants = {
+        "D": head_dim,
+        "DP": triton.next_power_of_2(head_dim),
+        "M": 8 if rows <= 8 else 16,
+        "N": TOKENS,
+        "SOFTCAP": softcap,
+        "WINDOW": window,
+        "MASK": mask,
+    }
+    return constants, {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

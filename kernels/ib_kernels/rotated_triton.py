@@ -21,6 +21,7 @@ from ib_kernels.rotated import GAUSSIAN_STEP
 from torch import Tensor
 
 CENTRE_TOKENS = 512  # tokens that a program sums
+SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
@@ -54,8 +55,7 @@ def centre(keys: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
     parts = pieces(lengths, CENTRE_TOKENS)
     sums = empty(torch.float64, keys, parts.shape[0], head_dim)
     if parts.shape[0]:
-        padded = triton.next_power_of_2(head_dim)
-        sum_kernel[(parts.shape[0],)](keys, rows, parts, sums, *source(keys), D=head_dim, DP=padded, num_warps=4)
+        sum_kernel[(parts.shape[0],)](keys, rows, parts, sums, *source(keys), **sum_constants(head_dim), **SUM_OPTIONS)
     totals = torch.zeros(lengths.shape[0], head_dim, dtype=torch.float64, device=keys.device)
     totals.index_add_(0, parts[:, 2].long(), sums)
     return (totals / lengths.clamp(min=1)[:, None]).float().to(torch.float16)
@@ -73,6 +73,11 @@ def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
         "STEP": GAUSSIAN_STEP[bits],
         "CENTRED": centred,
     }
+
+
+def sum_constants(head_dim: int) -> dict[str, int]:
+    """The same for `sum_kernel`."""
+    return {"D": head_dim, "DP": triton.next_power_of_2(head_dim)}
 
 
 @triton.jit

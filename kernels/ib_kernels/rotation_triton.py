@@ -8,6 +8,8 @@ import triton.language as tl
 from ib_kernels.packed import Packed
 from torch import Tensor
 
+OPTIONS = {"num_warps": 8, "num_stages": 1}
+
 
 def rotate_query(packed: Packed, query: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated query rows of every run of a rotated format, from query [pairs, R, D].
@@ -19,7 +21,7 @@ def rotate_query(packed: Packed, query: Tensor) -> tuple[Tensor, Tensor]:
     rotated = torch.empty(runs, rows, packed.head_dim, device=query.device)
     shifts = torch.empty(runs, rows, 2, device=query.device)
     rotate_query_kernel[(runs, rows)](
-        query, packed.pairs, packed.keys["centre"], rotated, shifts, rows, **constants(packed.head_dim), num_warps=8
+        query, packed.pairs, packed.keys["centre"], rotated, shifts, rows, **constants(packed.head_dim), **OPTIONS
     )
     return rotated, shifts
 

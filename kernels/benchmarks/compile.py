@@ -1,0 +1,188 @@
+"""Compile every variant of every kernel for GPUs that are not here, and show what their machine code uses.
+
+    python kernels/benchmarks/compile.py [--capability 90] [--kernel attend] [--head-dim 128] [--bits 4] [--csv FILE]
+
+Exits with 1 if a variant spills, uses more than 255 registers, lacks the matrix instructions or asynchronous copies that it
+should have, or needs more instructions per element than its budget. Needs no GPU. All variants take about an hour on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from ahead_of_time import MachineCode, compile_for
+from ib_kernels import decoding_triton, kivi_triton, merge_triton, raw_attention_triton, rotated_triton, rotation_triton
+
+CAPABILITIES = (80, 90, 100)
+HEAD_DIMS = (64, 96, 128, 256)
+BITS = (2, 3, 4, 8)
+MOST_REGISTERS = 255
+# Thread instructions per element of a cache of head_dim 128, for a GPU of 33.4e12 a second and 4.3e12 bytes a second.
+# rotated at 4 and 2 bits: what kernels.md found for one scale a page; kivi: its metadata, a bit per element, allows more.
+BUDGETS = {("rotated", 4): 4.1, ("rotated", 2): 2.2, ("kivi", 4): 4.9, ("kivi", 2): 4.9}
+
+TYPES = {
+    **dict.fromkeys(("query", "keys", "values", "x"), "*bf16"),
+    **dict.fromkeys(("shifts", "out", "lse", "partial", "partial_lse", "bias", "turned"), "*fp32"),
+    **dict.fromkeys(("k_scale", "k_minimum", "v_scale", "v_minimum", "scale", "minimum", "centre"), "*fp16"),
+    **dict.fromkeys(("k_words", "v_words", "words"), "*i16"),
+    **dict.fromkeys(("pairs", "items", "slots", "groups", "pieces"), "*i32"),
+    **dict.fromkeys(("mask", "rotated"), "*u8"),
+    "rows": "*i64",
+    "sums": "*fp64",
+    **dict.fromkeys(("scaling", "softcap"), "fp32"),
+    **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence"), "i32"),
+    **dict.fromkeys(("length", "batch_stride", "head_stride", "token_stride"), "i32:16"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants, and what its machine code must show."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    types: dict[str, str]
+    elements: int  # of keys and values, in one pass of the loop
+    matrix: bool = False
+    copies: bool = False
+    budget: float | None = None
+
+
+def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, value_bits: int) -> Iterator[Variant]:
+    """`attend_kernel` for few and for many query rows, for queries of 16 and (kivi) of 32 bits."""
+    dtypes = (torch.float32,) if fmt == "rotated" else (torch.bfloat16, torch.float32)
+    for rows, dtype, softcap in product((4, 16), dtypes, (False, True)):
+        constants = decoding_triton.variant(fmt, head_dim, key_bits, value_bits, rows, dtype, softcap)
+        if rows == 16 and constants["M"] == 8:
+            continue
+        plain = head_dim == 128 and rows == 4 and not softcap and (fmt == "rotated" or dtype == torch.bfloat16)
+        options = decoding_triton.options(fmt, head_dim, key_bits, value_bits, capability)
+        yield Variant(
+            f"attend {fmt} k{key_bits} v{value_bits} d{head_dim} rows {constants['M']} {dtype}{' softcap' * softcap}",
+            decoding_triton.attend_kernel,
+            constants | {"ASM": True},
+            options,
+            TYPES | {"query": "*fp32" if dtype == torch.float32 else "*bf16"},
+            2 * constants["N"] * head_dim,
+            matrix=True,
+            copies=options["num_stages"] > 1,
+            budget=BUDGETS.get((fmt, key_bits)) if plain and key_bits == value_bits else None,
+        )
+
+
+def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
+    """The kernels that pack and unpack one side of a cache."""
+    kivi, pair = kivi_triton.pack_constants(head_dim, bits), {"num_warps": kivi_triton.WARPS, "num_stages": 3}
+    for kernel in (kivi_triton.pack_keys_kernel, kivi_triton.pack_values_kernel):
+        yield Variant(f"{kernel.__name__} kivi b{bits} d{head_dim}", kernel, kivi, pair, TYPES, 32 * head_dim, matrix=True)
+    for keys in (True, False):
+        unpack = kivi_triton.unpack_constants(head_dim, bits, keys)
+        options = {"num_warps": 4, "num_stages": 3}
+        name = f"unpack kivi b{bits} d{head_dim} keys {keys}"
+        yield Variant(name, kivi_triton.unpack_kernel, unpack, options, TYPES, 32 * head_dim)
+    for kernel, centred in product((rotated_triton.pack_kernel, rotated_triton.unpack_kernel), (True, False)):
+        rotated = rotated_triton.pack_constants(head_dim, bits, centred)
+        name = f"{kernel.__name__} rotated b{bits} d{head_dim} centred {centred}"
+        yield Variant(name, kernel, rotated, {"num_warps": 1, "num_stages": 3}, TYPES, rotated["N"] * head_dim)
+
+
+def other_variants(head_dim: int) -> Iterator[Variant]:
+    """Kernels that no precision enters."""
+    for kernel, constants, options in (
+        (rotation_triton.rotate_query_kernel, rotation_triton.constants(head_dim), rotation_triton.OPTIONS),
+        *((merge_triton.merge_kernel, *merge_triton.variant(head_dim, *some)) for some in product((False, True), repeat=3)),
+        (rotated_triton.sum_kernel, rotated_triton.sum_constants(head_dim), rotated_triton.SUM_OPTIONS),
+    ):
+        flags = " ".join(name for name in ("BIAS", "WINDOW", "ROTATED") if constants.get(name))
+        types = TYPES | {"rotated": "*fp32"} if kernel is rotation_triton.rotate_query_kernel else TYPES
+        yield Variant(f"{kernel.__name__} d{head_dim} {flags}", kernel, constants, options, types, head_dim)
+    for rows, window, dtype in product((4, 16), (False, True), ("*bf16", "*fp16")):
+        constants, options = raw_attention_triton.variant(head_dim, rows, False, window, window)
+        types = TYPES | {"keys": dtype, "values": dtype}
+        name = f"raw d{head_dim} rows {constants['M']} {dtype[1:]}{' window' * window}"
+        yield Variant(
+            name, raw_attention_triton.raw_kernel, constants, options, types, 2 * constants["N"] * head_dim, matrix=True
+        )
+
+
+def variants(capability: int, head_dims: tuple[int, ...], bits: tuple[int, ...]) -> Iterator[Variant]:
+    """Everything that a cache of these head dimensions and precisions can launch."""
+    for head_dim in head_dims:
+        for fmt, key_bits, value_bits in product(("rotated", "kivi"), bits, bits):
+            yield from attention_variants(capability, head_dim, fmt, key_bits, value_bits)
+        for some in bits:
+            yield from packing_variants(head_dim, some)
+        yield from other_variants(head_dim)
+
+
+def faults(variant: Variant, code: MachineCode) -> list[str]:
+    """What is wrong with the machine code of a variant; empty if nothing is."""
+    found = []
+    if code.spills:
+        found.append(f"spills {code.stack_bytes + code.local_bytes} bytes")
+    if code.registers > MOST_REGISTERS:
+        found.append(f"{code.registers} registers")
+    if variant.matrix and not code.matrix_instructions:
+        found.append("no matrix instructions")
+    if variant.copies and not code.asynchronous_copies:
+        found.append("no asynchronous copies")
+    if variant.budget is not None and code.instructions_per(variant.elements) > variant.budget:
+        found.append(f"more than {variant.budget} instructions per element")
+    return found
+
+
+def row(variant: Variant, capability: int, code: MachineCode) -> dict[str, str]:
+    """A line of the table."""
+    return {
+        "kernel": variant.name,
+        "target": f"sm_{capability}",
+        "registers": str(code.registers),
+        "stack": str(code.stack_bytes),
+        "shared": str(code.shared_bytes),
+        "instructions/element": f"{code.instructions_per(variant.elements):.2f}",
+        "matrix": str(code.matrix_instructions),
+        "copies": str(code.asynchronous_copies),
+        "faults": "; ".join(faults(variant, code)),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append")
+    parser.add_argument("--kernel", default="", help="only variants whose name contains this")
+    parser.add_argument("--head-dim", type=int, action="append")
+    parser.add_argument("--bits", type=int, choices=BITS, action="append")
+    parser.add_argument("--csv", type=Path)
+    chosen = parser.parse_args(arguments)
+    rows = []
+    for capability in chosen.capability or CAPABILITIES:
+        for variant in variants(capability, tuple(chosen.head_dim or HEAD_DIMS), tuple(chosen.bits or BITS)):
+            if chosen.kernel in variant.name:
+                code = compile_for(variant.kernel, variant.types, variant.constants, variant.options, capability)
+                rows.append(row(variant, capability, code))
+                print(*rows[-1].values(), sep="  ", flush=True)
+    if chosen.csv and rows:
+        with chosen.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    faulty = [line for line in rows if line["faults"]]
+    print(f"{len(rows)} variants, {len(faulty)} with faults")
+    for line in faulty:
+        print(line["target"], line["kernel"], line["faults"], sep="  ")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

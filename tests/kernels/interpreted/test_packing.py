@@ -1,0 +1,109 @@
+"""The kernels that quantize, pack and unpack: the same bits as the formats have in plain torch."""
+
+import pytest
+import torch
+from ib_kernels import quantize_pack, unpack_tokens
+from ib_kernels.packed import Packed, unpack_tokens_triton
+from ib_kernels.packing import quantize_pack_triton
+
+from ib_analysis.formats.packed import PackedTokens
+
+LENGTHS = [33, 0, 1, 70]
+CASES = [
+    # format, key bits, value bits, head_dim, dtype
+    ("kivi", 4, 4, 128, torch.bfloat16),
+    ("kivi", 2, 8, 96, torch.float16),
+    ("kivi", 3, 2, 64, torch.float32),
+    ("kivi", 8, 3, 80, torch.bfloat16),
+    ("kivi", 4, 2, 16, torch.float32),
+    ("rotated", 4, 4, 128, torch.bfloat16),
+    ("rotated", 2, 8, 96, torch.float16),
+    ("rotated", 3, 2, 64, torch.float32),
+    ("rotated", 8, 3, 80, torch.bfloat16),
+    ("rotated", 4, 2, 16, torch.float32),
+]
+
+
+def random_cache(head_dim, dtype, seed=0):
+    """Keys, strided as a projection leaves them, and values [2, 2, 75, D]; and rows of four runs of two heads."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 75, 2, head_dim, generator=generator).transpose(1, 2)
+    keys[..., 5] *= 200
+    values = torch.randn(2, 2, 75, head_dim, generator=generator)
+    values[0, 0, 3] = 0
+    pairs = [0, 1, 2, 3]
+    kept = [torch.randperm(75, generator=generator)[:n].sort().values + 75 * pair for n, pair in zip(LENGTHS, pairs)]
+    return keys.to(dtype), values.to(dtype), torch.cat(kept), torch.tensor(pairs, dtype=torch.int32)
+
+
+def packed_by_kernels(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre=None):
+    parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre)
+    return Packed(fmt, key_bits, value_bits, keys.shape[3], *parts, lengths, pairs)
+
+
+def assert_same(kernels, plain):
+    for a, b in ((kernels.keys, plain.keys), (kernels.values, plain.values)):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert torch.equal(a[name].view(torch.int16), b[name].view(torch.int16)), name
+
+
+@pytest.mark.parametrize(("fmt", "key_bits", "value_bits", "head_dim", "dtype"), CASES)
+def test_bits_are_those_of_the_format(fmt, key_bits, value_bits, head_dim, dtype):
+    keys, values, rows, pairs = random_cache(head_dim, dtype)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    kernels = packed_by_kernels(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits)
+    flat_keys, flat_values = (x.reshape(-1, head_dim)[rows] for x in (keys, values))
+    tensors = PackedTokens.pack(fmt, flat_keys, flat_values, lengths, key_bits, value_bits).tensors()
+    names = [f"keys.{name}" for name in kernels.keys] + [f"values.{name}" for name in kernels.values]
+    for name, tensor in zip(names, [*kernels.keys.values(), *kernels.values.values()]):
+        assert torch.equal(tensor, tensors[name]), name
+    assert_same(kernels, quantize_pack(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits))
+    for unpacked, expected in zip(unpack_tokens_triton(kernels), unpack_tokens(kernels)):
+        assert torch.equal(unpacked, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_round_trip_is_within_half_a_step(bits):
+    keys, values, rows, pairs = random_cache(32, torch.float32)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    packed = packed_by_kernels("kivi", keys, values, rows, lengths, pairs, bits, bits)
+    restored_keys, restored_values = unpack_tokens_triton(packed)
+    group = torch.cat([torch.arange(n) // 32 + first for n, first in zip(LENGTHS, [0, 2, 2, 3])])
+    key_error = (restored_keys - keys.reshape(-1, 32)[rows]).abs() / packed.keys["scale"].float()[group]
+    value_error = (restored_values - values.reshape(-1, 32)[rows]).abs() / packed.values["scale"].float()
+    assert key_error.max() <= 0.501 and value_error.max() <= 0.501
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is cast to a code before its scale makes it NaN again
+@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+def test_saturation_and_nan_stay_where_they_are(fmt):
+    keys, values, rows, pairs = random_cache(32, torch.float32)
+    keys[0, 0, :, 1], values[0, 0, :, 1] = 1e9, torch.inf
+    keys[1, 0, :, 2], values[1, 1, :, 3] = -torch.inf, -1e30
+    keys[1, 1, 10:, 4], values[1, 1, 20:, 4] = torch.nan, torch.nan
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    arguments = (fmt, keys, values, rows, lengths)
+    kernels = unpack_tokens(packed_by_kernels(*arguments, pairs, 4, 4))
+    plain = unpack_tokens(quantize_pack(*arguments, pairs, 4, 4))
+    for a, b in zip(kernels, plain):
+        assert b.isnan().any() and not b.isnan().all()
+        torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_a_given_centre_is_kept():
+    keys, values, rows, pairs = random_cache(32, torch.bfloat16)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    centre = torch.randn(4, 32).to(torch.float16)
+    kernels = packed_by_kernels("rotated", keys, values, rows, lengths, pairs, 4, 4, centre)
+    assert_same(kernels, quantize_pack("rotated", keys, values, rows, lengths, pairs, 4, 4, centre))
+
+
+@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+def test_nothing_to_pack(fmt):
+    keys, values, _, pairs = random_cache(32, torch.bfloat16)
+    lengths, rows = torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
+    kernels = packed_by_kernels(fmt, keys, values, rows, lengths, pairs, 2, 3)
+    assert_same(kernels, quantize_pack(fmt, keys, values, rows, lengths, pairs, 2, 3))
+    assert all(part.shape == (0, 32) for part in unpack_tokens_triton(kernels))

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from ib_kernels import scoring
+
+from ib_analysis.scorers import SCORERS
+
+
+def random_prompt(batch=2, heads=4, kv_heads=2, queries=32, tokens=100, head_dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, queries, head_dim, generator=generator)
+    keys, values = torch.randn(2, batch, kv_heads, tokens, head_dim, generator=generator)
+    return query, keys * 3, values, torch.ones(batch, tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (7, 1)])
+@pytest.mark.parametrize("chunk_bytes", [1, 5000, 2**26])
+def test_scores_equal_those_of_materialised_attention(monkeypatch, heads, kv_heads, chunk_bytes):
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", chunk_bytes)
+    query, keys, values, valid = random_prompt(heads=heads, kv_heads=kv_heads)
+    scores = scoring.value_aware_scores(query, keys, values, valid, 0.25)
+    torch.testing.assert_close(scores, SCORERS["value_aware"](query, keys, values, valid, 0.25), atol=1e-6, rtol=1e-4)
+
+
+def test_left_padding_gets_nothing_and_changes_nothing():
+    query, keys, values, valid = random_prompt(batch=1)
+    padded_keys, padded_values = (torch.cat([torch.full((1, 2, 80, 16), 50.0), x], 2) for x in (keys, values))
+    padded_valid = torch.cat([torch.zeros(1, 80, dtype=torch.bool), valid], 1)
+    scores = scoring.value_aware_scores(query, padded_keys, padded_values, padded_valid, 0.25)
+    assert not scores[:, :, :80].any()
+    torch.testing.assert_close(scores[:, :, 80:], scoring.value_aware_scores(query, keys, values, valid, 0.25))
+
+
+def test_a_query_that_sees_nothing_counts_as_zero():
+    query, keys, values, valid = random_prompt(batch=1, tokens=32)
+    valid[:, :4] = False  # the first four queries are padding
+    scores = scoring.value_aware_scores(query, keys, values, valid, 0.25)
+    assert scores.isfinite().all()
+    torch.testing.assert_close(scores, SCORERS["value_aware"](query, keys, values, valid, 0.25))
+
+
+def test_no_tensor_grows_with_queries_times_tokens(monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 2**16)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            nonlocal largest
+            result = function(*arguments, **(named or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    query, keys, values, valid = random_prompt(batch=1, heads=4, kv_heads=1, tokens=5000)
+    with Watch():
+        scoring.value_aware_scores(query, keys, values, valid, 0.25)
+    assert largest <= keys.numel()  # 128 query rows times 5000 tokens are eight times as many
+
+
+def test_refuses_shapes_that_do_not_fit():
+    query, keys, values, valid = random_prompt()
+    with pytest.raises(ValueError, match="do not fit"):
+        scoring.value_aware_scores(query, keys[:, :, :, :8], values, valid, 1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        scoring.value_aware_scores(query, keys[:, :, :16], values[:, :, :16], valid[:, :16], 1.0)
+    with pytest.raises(ValueError, match="valid bool"):
+        scoring.value_aware_scores(query, keys, values, valid.float(), 1.0)
