@@ -192,6 +192,8 @@ def larger(a, b):
 def codes_of(x, minimum, scale, BITS: tl.constexpr, FUSED: tl.constexpr):
     """Codes fp32 of x. The quotient of an infinite x would be NaN, whose code is 0."""
     steps = divide(tl.minimum(x, 1e30) - minimum.to(tl.float32), scale.to(tl.float32), FUSED)
+    if not FUSED:  # the maximum of NaN and 0 is 0 on a GPU, NaN in the interpreter
+        steps = tl.where(steps == steps, steps, 0.0)
     steps = tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1.0)
     return (steps + 12582912.0) - 12582912.0  # rounds half to even, as torch does
 
