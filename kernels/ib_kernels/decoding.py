@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from ib_kernels.attention import merge, partial_attention
+from ib_kernels.kivi import GROUP_CHANNELS, group_counts
 from ib_kernels.packed import RAW_BITS, Packed, unpack_tokens_reference
 from ib_kernels.planning import Plan, is_rotated, plan
-from ib_kernels.ragged import pad, position_in_run
+from ib_kernels.ragged import check_pairs, pad, position_in_run
 from torch import Tensor
 
 MOST_CHANNELS = 256
@@ -50,7 +51,9 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Made here if None. Needed on a GPU only.
+        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Needed on a GPU only. If None it is made
+            here and the lengths are checked, for which the GPU has to catch up. With a step nothing is read back, and
+            what is allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
 
     Returns:
         (out fp32 [pairs, R, D], natural log-sum-exp of the logits fp32 [pairs, R]). A row that sees nothing gives 0 and -inf.
@@ -130,7 +133,10 @@ def packed_attention_triton(
 
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
-    step = plan(parts, pairs, query.device) if step is None else step
+    if step is None:
+        _check_lengths(parts, pairs)
+        step = plan(parts, pairs, query.device)
+    _check_step(step, parts, pairs)
     partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
     partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
     for part, items in zip(parts, step.items, strict=True):
@@ -157,11 +163,11 @@ def _check(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: 
     if query.ndim != 3:
         raise ValueError(f"query must be [pairs, R, D], got {list(query.shape)}")
     pairs, rows, head_dim = query.shape
-    tensors = [tensor for part in parts for tensor in (part.lengths, *part.keys.values(), *part.values.values())]
+    tensors = [tensor for part in parts for tensor in _tensors(part)]
     if any(part.head_dim != head_dim for part in parts):
         raise ValueError(f"packed tokens have head_dim {[part.head_dim for part in parts]}, but the query {head_dim}")
     if window is not None:
-        tensors += [window.keys, window.values]
+        tensors += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
         _check_window(window, pairs, rows, head_dim)
     if bias is not None:
         tensors.append(bias)
@@ -196,7 +202,7 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
         raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16 up to {MOST_CHANNELS}, got {query.shape[2]}")
     tensors = [query] if bias is None else [query, bias]
     if window is not None:
-        tensors += [window.keys, window.values]
+        tensors += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
         if window.keys.dtype not in KERNEL_DTYPES or window.values.dtype not in KERNEL_DTYPES:
             raise ValueError(f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype}")
     for part in parts:
@@ -205,6 +211,55 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
                 f"the GPU kernels have no keys of {part.key_bits} with values of {part.value_bits} bits: "
                 "pack both, or leave both at 16 bits"
             )
-        tensors += [part.lengths, part.pairs, *part.keys.values(), *part.values.values()]
+        _check_part(part)
+        tensors += _tensors(part)
     if not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the query, window, bias and parts")
+
+
+def _tensors(part: Packed) -> list[Tensor]:
+    return [part.lengths, part.pairs, *part.keys.values(), *part.values.values()]
+
+
+def _check_part(part: Packed) -> None:
+    """The shapes and dtypes from which the kernels compute addresses."""
+    tokens, runs, head_dim = part.keys["words"].shape[0], part.lengths.shape[0], part.head_dim
+    if part.key_bits == RAW_BITS:
+        metadata: dict[str, tuple[int, int]] = {}
+        if any(side["words"].dtype not in KERNEL_DTYPES for side in (part.keys, part.values)):
+            raise ValueError(f"the GPU kernels take tokens of {list(KERNEL_DTYPES)}, got {part.keys['words'].dtype}")
+    elif is_rotated(part):
+        metadata = {"keys scale": (tokens, 1), "keys centre": (runs, head_dim), "values scale": (tokens, 1)}
+    else:
+        of_keys, of_values = (part.keys["scale"].shape[0], head_dim), (tokens, -(-head_dim // GROUP_CHANNELS))
+        metadata = {
+            f"{side} {name}": shape for side, shape in (("keys", of_keys), ("values", of_values)) for name in ("scale", "minimum")
+        }
+    if part.values["words"].shape[0] != tokens:
+        raise ValueError(f"there are {tokens} keys, but {part.values['words'].shape[0]} values")
+    for name, shape in metadata.items():
+        side, key = name.split()
+        held = (part.keys if side == "keys" else part.values)[key]
+        if held.shape != shape or held.dtype != torch.float16:
+            raise ValueError(f"the {name} of packed tokens must be fp16 {list(shape)}, got {held.dtype} {list(held.shape)}")
+
+
+def _check_lengths(parts: Sequence[Packed], pairs: int) -> None:
+    for part in parts:
+        check_pairs(part.pairs, pairs)
+        tokens = part.keys["words"].shape[0]
+        needed = int(part.lengths.sum())
+        if needed > tokens or (part.lengths.numel() and int(part.lengths.min()) < 0):
+            raise ValueError(f"lengths must not be negative and need {needed} tokens, but the part holds {tokens}")
+        if part.format == "kivi" and part.key_bits != RAW_BITS:
+            groups, held = int(group_counts(part.lengths).sum()), part.keys["scale"].shape[0]
+            if groups > held:
+                raise ValueError(f"lengths need {groups} groups of keys, but there are scales of {held}")
+
+
+def _check_step(step: Plan, parts: Sequence[Packed], pairs: int) -> None:
+    if len(step.items) != len(parts) or step.slots.shape[0] != pairs + 1:
+        raise ValueError(
+            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs, not for {len(parts)} and {pairs}: "
+            "plan again after parts or the batch change"
+        )
