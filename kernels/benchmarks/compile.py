@@ -68,7 +68,7 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
         if rows == 16 and constants["M"] == 8:
             continue
         plain = head_dim == 128 and rows == 4 and not softcap and (fmt == "rotated" or dtype == torch.bfloat16)
-        options = decoding_triton.options(fmt, head_dim, key_bits, value_bits, capability)
+        options = decoding_triton.options(constants, capability)
         yield Variant(
             f"attend {fmt} k{key_bits} v{value_bits} d{head_dim} rows {constants['M']} {str(dtype)[6:]}{' softcap' * softcap}",
             decoding_triton.attend_kernel,
@@ -94,13 +94,15 @@ def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
         yield Variant(name, kivi_triton.unpack_kernel, unpack, options, TYPES, 32 * head_dim)
     for centred in (True, False):
         side = "keys" if centred else "values"
-        rotated, single = rotated_triton.pack_constants(head_dim, bits, centred), {"num_warps": 1, "num_stages": 3}
+        rotated = rotated_triton.pack_constants(head_dim, bits, centred)
         elements = rotated["N"] * head_dim
-        for x in ("*bf16", "*fp32"):
+        for x, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
             name = f"pack_kernel rotated b{bits} d{head_dim} {side} {x[1:]}"
-            yield Variant(name, rotated_triton.pack_kernel, rotated, single, TYPES | {"x": x}, elements)
+            options = rotated_triton.options(head_dim, dtype)
+            yield Variant(name, rotated_triton.pack_kernel, rotated, options, TYPES | {"x": x}, elements)
         name = f"unpack_kernel rotated b{bits} d{head_dim} {side}"
-        yield Variant(name, rotated_triton.unpack_kernel, rotated, single, TYPES, elements)
+        options = rotated_triton.options(head_dim, torch.bfloat16)
+        yield Variant(name, rotated_triton.unpack_kernel, rotated, options, TYPES, elements)
 
 
 def other_variants(head_dim: int) -> Iterator[Variant]:
