@@ -56,7 +56,7 @@ def compile_for(
 
     Args:
         kernel: a `triton.jit` function.
-        types: type of at least every argument that is no constant ("*fp16", "i32", ...). A pointer is taken to be a multiple of 16
+        types: type of every argument that is no constant ("*fp16", "i32", ...), and more. A pointer is a multiple of 16
             bytes; "i32:16" is an integer that is a multiple of 16, which the compiler is told at a launch too.
         constants: value of every constant.
         options: num_warps, num_stages, ...
