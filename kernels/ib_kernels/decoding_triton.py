@@ -74,8 +74,8 @@ def variant(
     fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool
 ) -> dict[str, Any]:
     """Constants that select one compiled variant of `attend_kernel`."""
-    small = fmt == "rotated" and head_dim <= 128
-    wide = small and rows > 8 and 3 not in (key_bits, value_bits)
+    small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
+    wide = small and rows > 8
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
@@ -93,10 +93,10 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
 
     Without a limit the assembler aims for 168 registers, so that a core holds 12 warps, sometimes at the price of spilling.
     """
-    head_dim, thirds = selected["D"], 3 in (selected["KB"], selected["VB"])
-    odd = head_dim & (head_dim - 1) != 0
+    head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
+    thirds, odd = 3 in bits, head_dim & (head_dim - 1) != 0
     if not selected["KIVI"]:
-        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or thirds or odd else None}
+        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or 8 in bits or odd else None}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
     if selected["KB"] == 3:
