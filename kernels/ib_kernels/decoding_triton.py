@@ -100,7 +100,7 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
     if selected["KB"] == 3:
-        two = selected["SPLIT"] and head_dim == 128
+        two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": None if two else 255}
     return {"num_warps": 1, "num_stages": 3, "maxnreg": 255 if thirds or odd or selected["SOFTCAP"] else None}
 

@@ -4,6 +4,7 @@ Under Triton's interpreter tensors are on the CPU; without it, on a GPU, and the
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,9 +37,9 @@ def guard(device):
 
     def copy(held):
         if isinstance(held, Packed):
-            sides = [{name: guarded(part, device) for name, part in side.items()} for side in (held.keys, held.values)]
-            of_runs = [guarded(held.lengths, device), guarded(held.pairs, device)]
-            return Packed(held.format, held.key_bits, held.value_bits, held.head_dim, *sides, *of_runs)
+            keys, values = ({name: guarded(part, device) for name, part in side.items()} for side in (held.keys, held.values))
+            lengths, pairs = guarded(held.lengths, device), guarded(held.pairs, device)
+            return replace(held, keys=keys, values=values, lengths=lengths, pairs=pairs)
         if isinstance(held, Window):
             mask = None if held.mask is None else held.mask.to(device)
             return Window(guarded(held.keys, device), guarded(held.values, device), mask)

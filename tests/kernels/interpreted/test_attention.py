@@ -54,9 +54,10 @@ CASES = [
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # a GPU takes no time for all of them
+    BITS, HEAD_DIMS = (2, 3, 4, 8), (64, 96, 128, 256)
     CASES += [
-        (*case, torch.bfloat16, 200.0)
-        for case in product(("kivi", "rotated"), *2 * [(2, 3, 4, 8)], (64, 96, 128, 256), (1, 4, 16))
+        (fmt, key_bits, value_bits, head_dim, rows, torch.bfloat16, 200.0)
+        for fmt, key_bits, value_bits, head_dim, rows in product(("kivi", "rotated"), BITS, BITS, HEAD_DIMS, (1, 4, 16))
     ]
 SHAPES = [
     # lengths, head_dim, query rows, outlier

@@ -30,8 +30,8 @@ CASES = [
 if os.environ.get("TRITON_INTERPRET") != "1":  # a GPU takes no time for all of them
     dtypes = (torch.bfloat16, torch.float32)
     CASES += [
-        (fmt, bits, bits, *rest, [129, 1, 128, 127])
-        for fmt, bits, *rest in product(("kivi", "rotated"), (2, 3, 4, 8), (64, 96, 128, 256), dtypes)
+        (fmt, bits, bits, head_dim, dtype, [129, 1, 128, 127])
+        for fmt, bits, head_dim, dtype in product(("kivi", "rotated"), (2, 3, 4, 8), (64, 96, 128, 256), dtypes)
     ]
 
 
@@ -53,8 +53,8 @@ def packed_by_kernels(device):
     def make(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre=None):
         inputs = (keys.to(device), values.to(device), rows.to(device), lengths.to(device), key_bits, value_bits)
         sides = quantize_pack_triton(fmt, *inputs, None if centre is None else centre.to(device))
-        on_cpu = [{name: part.cpu() for name, part in side.items()} for side in sides]
-        return Packed(fmt, key_bits, value_bits, keys.shape[3], *on_cpu, lengths, pairs)
+        of_keys, of_values = ({name: part.cpu() for name, part in side.items()} for side in sides)
+        return Packed(fmt, key_bits, value_bits, keys.shape[3], of_keys, of_values, lengths, pairs)
 
     return make
 
