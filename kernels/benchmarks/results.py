@@ -67,6 +67,12 @@ class Row:
         numbers = (measured.milliseconds, measured.nbytes / 1e6, speed, measured.peak_bytes / 1e9)
         return cls(device, task.part, task.case, task.method, *numbers, measured.note)
 
+    @classmethod
+    def from_line(cls, line: dict[str, str]) -> Row:
+        device, part, case, method = (line[name] for name in NAMES)
+        milliseconds, megabytes, speed, peak = (float(line[name]) for name in NUMBERS)
+        return cls(device, part, case, method, milliseconds, megabytes, speed, peak, line["note"])
+
     @property
     def key(self) -> tuple[str, str, str]:
         return self.part, self.case, self.method
@@ -78,7 +84,7 @@ def read(path: Path, device: str) -> list[Row]:
         return []
     with path.open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["device"] == device]
-    return [Row(*(line[name] for name in NAMES), *(float(line[name]) for name in NUMBERS), line["note"]) for line in lines]
+    return [Row.from_line(line) for line in lines]
 
 
 def append(path: Path, row: Row) -> None:

@@ -102,7 +102,8 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": None if two else 255}
-    return {"num_warps": 1, "num_stages": 3, "maxnreg": 255 if thirds or odd or selected["SOFTCAP"] else None}
+    most = thirds or odd or selected["SOFTCAP"] or (head_dim < 128 and capability >= 100)
+    return {"num_warps": 1, "num_stages": 3, "maxnreg": 255 if most else None}
 
 
 @triton.jit
