@@ -24,6 +24,7 @@ from torch import Tensor
 
 LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
+REGISTERS = 65536  # of a GPU core
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
 
@@ -91,19 +92,27 @@ def variant(
 def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
 
-    Without a limit the assembler aims for 168 registers, so that a core holds 12 warps, sometimes at the price of spilling.
+    A core holds 12 programs of a warp with 168 registers, 11 with 184 and 8 with 255.
     """
     head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
-    thirds, odd = 3 in bits, head_dim & (head_dim - 1) != 0
+    odd = head_dim & (head_dim - 1) != 0
     if not selected["KIVI"]:
-        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or 8 in bits or odd else None}
+        few = 8 not in bits and not odd and selected["M"] == 8
+        return {"num_warps": 1, "num_stages": 2, "maxnreg": (184 if capability >= 100 else 168) if few else 255}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": None if two else 255}
-    most = thirds or odd or selected["SOFTCAP"] or (head_dim < 128 and capability >= 100)
-    return {"num_warps": 1, "num_stages": 3, "maxnreg": 255 if most else None}
+    few = bits in ((4, 4), (4, 2)) and not (odd or selected["SPLIT"] or selected["SOFTCAP"])
+    return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
+
+
+def programs_per_core(packed: Packed, capability: int) -> int:
+    """How many programs of a decode step's attention to a part a GPU core holds, by the registers that they may use."""
+    precision = (packed.key_bits, packed.value_bits)
+    launch = options(variant(packed.format, packed.head_dim, *precision, 1, torch.bfloat16, False), capability)
+    return REGISTERS // (32 * launch["num_warps"] * (launch["maxnreg"] or 255))
 
 
 @triton.jit
