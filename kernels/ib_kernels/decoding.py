@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from ib_kernels.attention import merge, partial_attention
-from ib_kernels.packed import RAW_BITS, Packed, unpack_tokens_reference
+from ib_kernels.attention import partial_attention
+from ib_kernels.backends import Backend, check_kernel, default_backend
+from ib_kernels.packed import Packed, unpack_tokens_reference
 from ib_kernels.planning import Plan, is_rotated, plan
-from ib_kernels.ragged import pad, position_in_run
+from ib_kernels.quantizer import RAW_BITS
+from ib_kernels.ragged import pad
 from torch import Tensor
 
-MOST_CHANNELS = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,8 +40,11 @@ def packed_attention(
     softcap: float | None = None,
     bias: Tensor | None = None,
     step: Plan | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over packed tokens and a window, as if they were one sequence.
+
+    With a plan in `step` the kernels read nothing back from the GPU, so that a CUDA graph can capture them.
 
     Args:
         query: [pairs, R, D], fp16, bf16 or fp32; the rows of a pair are its G grouped heads times M positions, R = G * M.
@@ -50,15 +54,18 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Made here if None. Needed on a GPU only.
+        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Made here if None. For the kernels only.
+        backend: by default that of the device (see `backends`).
 
     Returns:
         (out fp32 [pairs, R, D], natural log-sum-exp of the logits fp32 [pairs, R]). A row that sees nothing gives 0 and -inf.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit and, on a GPU, a head_dim that is no multiple of 16.
+    Raises ValueError for shapes, dtypes or devices that do not fit and, if the kernels run, for what they do not take: a
+    head_dim that is no multiple of 16 up to 256, tensors that are not contiguous, 16 bits on one side only.
     """
     _check(query, parts, window, bias)
-    if query.is_cuda:
+    backend = default_backend(query.device) if backend is None else backend
+    if backend == "triton":
         return packed_attention_triton(query, parts, window, scaling, softcap, bias, step)
     return packed_attention_reference(query, parts, window, scaling, softcap, bias)
 
@@ -72,21 +79,19 @@ def packed_attention_reference(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`packed_attention` in plain torch: every part unpacked, attended to and merged."""
-    outs = [torch.zeros(query.shape, device=query.device)]
-    lses = [torch.full(query.shape[:2], -torch.inf, device=query.device)]
+    outs, lses, owners = [], [], []
     if window is not None:
         out, lse = partial_attention(query, window.keys, window.values, _row_mask(window, query), scaling, softcap)
         outs.append(out)
         lses.append(lse)
+        owners.append(torch.arange(query.shape[0], device=query.device))
     for part in parts:
         pairs = part.pairs.long()
         out, lse = _attend_part(query[pairs], part, scaling, softcap)
-        if bias is not None:
-            lse = lse + bias[pairs]
-        for runs in _without_repeats(pairs):
-            outs.append(torch.zeros_like(outs[0]).index_copy(0, pairs[runs], out[runs]))
-            lses.append(torch.full_like(lses[0], -torch.inf).index_copy(0, pairs[runs], lse[runs]))
-    return merge(outs, lses)
+        outs.append(out)
+        lses.append(lse if bias is None else lse + bias[pairs])
+        owners.append(pairs)
+    return _merge_by_pair(outs, lses, owners, query)
 
 
 def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,21 @@ def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | N
     return partial_attention(query, padded_keys, padded_values, present[:, None], scaling, softcap)
 
 
+def _merge_by_pair(outs: list[Tensor], lses: list[Tensor], owners: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge outs [S, R, D] with log-sum-exps [S, R], of the pairs `owners` [S], to one for each pair of the query."""
+    merged = torch.zeros(query.shape, device=query.device)
+    top = torch.full(query.shape[:2], -torch.inf, device=query.device)
+    if not outs:
+        return merged, top
+    pairs, lse = torch.cat(owners), torch.cat(lses)
+    top.scatter_reduce_(0, pairs[:, None].expand_as(lse), lse.detach(), "amax")
+    top.masked_fill_(top == -torch.inf, 0.0)  # a row that sees nothing: all weights become 0, none NaN
+    weights = torch.exp(lse - top[pairs])
+    total = torch.zeros_like(top).index_add(0, pairs, weights)
+    merged = merged.index_add(0, pairs, weights[..., None] * torch.cat(outs))
+    return merged / total.masked_fill(total == 0, 1.0)[..., None], torch.log(total) + top
+
+
 def _row_mask(window: Window, query: Tensor) -> Tensor:
     """The window's mask for each query row: bool [pairs, R or 1, T]."""
     pairs, rows = query.shape[:2]
@@ -104,16 +124,6 @@ def _row_mask(window: Window, query: Tensor) -> Tensor:
         return torch.ones(pairs, 1, window.keys.shape[1], dtype=torch.bool, device=query.device)
     sequences, positions, _ = window.mask.shape
     return window.mask.repeat_interleave(pairs // sequences, dim=0).repeat(1, rows // positions, 1)
-
-
-def _without_repeats(pairs: Tensor) -> Iterator[Tensor]:
-    """Indices of runs, in as many vectors as the most frequent pair has runs, no pair twice in one."""
-    order = pairs.argsort(stable=True)
-    counts = torch.unique_consecutive(pairs[order], return_counts=True)[1]
-    occurrence = torch.empty_like(pairs)
-    occurrence[order] = position_in_run(counts)
-    for k in range(int(counts.max()) if counts.numel() else 0):
-        yield (occurrence == k).nonzero()[:, 0]
 
 
 def packed_attention_triton(
@@ -131,6 +141,7 @@ def packed_attention_triton(
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
     step = plan(parts, pairs, query.device) if step is None else step
+    _check_plan(step, parts, query)
     partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
     partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
     for part, items in zip(parts, step.items, strict=True):
@@ -157,17 +168,13 @@ def _check(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: 
     if query.ndim != 3:
         raise ValueError(f"query must be [pairs, R, D], got {list(query.shape)}")
     pairs, rows, head_dim = query.shape
-    tensors = [tensor for part in parts for tensor in (part.lengths, *part.keys.values(), *part.values.values())]
     if any(part.head_dim != head_dim for part in parts):
         raise ValueError(f"packed tokens have head_dim {[part.head_dim for part in parts]}, but the query {head_dim}")
     if window is not None:
-        tensors += [window.keys, window.values]
         _check_window(window, pairs, rows, head_dim)
-    if bias is not None:
-        tensors.append(bias)
-        if bias.shape != (pairs, rows) or bias.dtype != torch.float32:
-            raise ValueError(f"bias must be float32 [{pairs}, {rows}], got {bias.dtype} {list(bias.shape)}")
-    if any(tensor.device != query.device for tensor in tensors):
+    if bias is not None and (bias.shape != (pairs, rows) or bias.dtype != torch.float32):
+        raise ValueError(f"bias must be float32 [{pairs}, {rows}], got {bias.dtype} {list(bias.shape)}")
+    if any(tensor.device != query.device for tensor in _read(query, parts, window, bias)):
         raise ValueError(f"the query is on {query.device}, but not all that it attends to: move them to one device")
 
 
@@ -192,19 +199,28 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
     """What the kernels cannot do. Nothing is computed from it."""
     if query.dtype not in KERNEL_DTYPES:
         raise ValueError(f"the GPU kernels take a query of {list(KERNEL_DTYPES)}, got {query.dtype}")
-    if query.shape[2] % 16 or query.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16 up to {MOST_CHANNELS}, got {query.shape[2]}")
-    tensors = [query] if bias is None else [query, bias]
-    if window is not None:
-        tensors += [window.keys, window.values]
-        if window.keys.dtype not in KERNEL_DTYPES or window.values.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype}")
+    check_kernel(query.shape[2], "", RAW_BITS, RAW_BITS)
     for part in parts:
-        if (part.key_bits == RAW_BITS) != (part.value_bits == RAW_BITS):
-            raise ValueError(
-                f"the GPU kernels have no keys of {part.key_bits} with values of {part.value_bits} bits: "
-                "pack both, or leave both at 16 bits"
-            )
-        tensors += [part.lengths, part.pairs, *part.keys.values(), *part.values.values()]
-    if not all(tensor.is_contiguous() for tensor in tensors):
+        check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)
+    if window is not None and {window.keys.dtype, window.values.dtype} - set(KERNEL_DTYPES):
+        raise ValueError(
+            f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype} and {window.values.dtype}"
+        )
+    if not all(tensor.is_contiguous() for tensor in _read(query, parts, window, bias)):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the query, window, bias and parts")
+
+
+def _check_plan(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
+    if len(step.items) != len(parts) or step.slots.shape[0] != query.shape[0] + 1 or step.slots.device != query.device:
+        raise ValueError(
+            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, but there "
+            f"are {len(parts)} parts and {query.shape[0]} pairs on {query.device}: call plan again when parts change"
+        )
+
+
+def _read(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: Tensor | None) -> list[Tensor]:
+    """Every tensor that attention reads."""
+    held = [query, *(tensor for part in parts for tensor in part.tensors)]
+    if window is not None:
+        held += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
+    return held if bias is None else [*held, bias]

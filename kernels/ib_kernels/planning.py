@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from ib_kernels import ragged
 from ib_kernels.kivi import GROUP_TOKENS, group_counts
-from ib_kernels.packed import RAW_BITS, Packed
+from ib_kernels.packed import Packed
+from ib_kernels.quantizer import RAW_BITS
 from torch import Tensor
 
 ITEM_TOKENS = 128  # an item of fewer tokens would cost more to merge than to read
