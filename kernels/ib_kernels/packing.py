@@ -108,9 +108,7 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
     return x[pair // heads, pair % heads, rows - pair * tokens]
 
 
-def _encode(
-    quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, fitted: Parts | None, raw_dtype: torch.dtype
-) -> Parts:
+def _encode(quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, fitted: Parts | None, raw_dtype: torch.dtype) -> Parts:
     """Parts of rows x [N, D], runs of lengths [P]."""
     if bits == RAW_BITS:
         return {"words": saturating(x.float(), raw_dtype)}
@@ -119,9 +117,7 @@ def _encode(
     return {"words": bitpack.pack(codes, bits), **metadata}
 
 
-def _check(
-    fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, pairs: Tensor, centre: Tensor | None
-) -> None:
+def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, pairs: Tensor, centre: Tensor | None) -> None:
     get_format(fmt)
     if keys.ndim != 4 or keys.shape != values.shape:
         raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} must both be [B, H_kv, T, D]")

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS, KIVI
 
 BITS = [2, 3, 4, 8]

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from ib_kernels.rotated import GAUSSIAN_STEP, ROTATED, rotate
 
 # Mean squared error of the optimal uniform quantizer of N(0, 1).
