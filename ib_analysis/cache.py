@@ -186,9 +186,11 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
                 self.packed[i].append(keys.flatten(0, 2)[rows], values.flatten(0, 2)[rows], lengths)
             else:
                 pairs = self._pairs(heads, len(before))
+                fmt, key_bits, value_bits = form
                 sides = (_readable(keys), _readable(values))
-                fmt, *bits = form
-                made = quantize_pack(fmt, *sides, rows, lengths, pairs, *bits, raw_dtype=self.dtype, backend=self.backend)
+                made = quantize_pack(
+                    fmt, *sides, rows, lengths, pairs, key_bits, value_bits, raw_dtype=self.dtype, backend=self.backend
+                )
                 packed.append(PackedTokens(made, self.dtype, self.backend))
         self.packed = self.packed or packed
         self.compressible = after.tolist()
