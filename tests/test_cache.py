@@ -302,3 +302,24 @@ def test_two_tiers_of_one_precision_hold_what_one_of_both_shares_holds():
             logits.append(torch.cat([model(block, **cache_argument(model, cache)).logits for block in blocks], dim=1))
             assert cache.nbytes == 2 * plans_nbytes(shape, plans, Pinned(2, 6, 8), 56)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+
+
+def test_sequences_in_another_order_continue_as_they_were():
+    """Of different lengths, through several flushes of the window."""
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, mask = padded_batch(3)
+    order = torch.tensor([2, 0, 0])
+    logits = []
+    for rows in (torch.arange(3), order):
+        cache = CompressedCache(shape, compressing_plans(shape), PINNED, SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids[:, :28], attention_mask=mask[:, :28], **cache_argument(model, cache))
+            cache.reorder_cache(rows)
+            steps = [
+                model(ids[rows, t : t + 1], attention_mask=mask[rows, : t + 1], **cache_argument(model, cache)).logits
+                for t in range(28, 40)
+            ]
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(logits[1], logits[0][order], atol=1e-4, rtol=0)

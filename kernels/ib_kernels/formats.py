@@ -1,4 +1,4 @@
-"""Storage formats of a compressed cache. A new format is one file and one row in FORMATS."""
+"""Storage formats of a compressed cache. A new format is one file and one row in FORMATS; it needs no kernels of its own."""
 
 from ib_kernels.kivi import KIVI
 from ib_kernels.quantizer import Format
