@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
-from ib_kernels import pad, partial_attention
+from ib_kernels import Plan, Window, packed_attention, plan, quantize_pack
+from ib_kernels.backends import pick_backend
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ib_analysis.attention import AnsweringLayer, causal_mask, finish, full_attention, grouped_attention
+from ib_analysis.attention import AnsweringLayer, causal_mask, finish, full_attention
 from ib_analysis.formats.packed import PackedTokens
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.scorers import Scorer
 from ib_analysis.shape import CacheShape
 
+QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they bound the memory of a long follow-up
 
-@dataclass
-class PackedHeads:
-    """Tokens of some KV heads at one format and precision. Run b * len(heads) + j is head heads[j] of sequence b."""
-
-    heads: list[int]
-    tokens: PackedTokens
-
-
-@dataclass
-class _Run:
-    """Tokens to be packed: those of one sequence and head that one tier takes."""
-
-    head: int
-    keys: Tensor  # [n, D]
-    values: Tensor  # [n, D]
+Form = tuple[str, int, int]  # format, key bits, value bits
 
 
 class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     """One layer. The first block that it sees is answered at full precision, then compressed.
 
     `keys` and `values` [B, H_kv, S + w, D] are the pinned tokens at 16 bits: S sinks, then w recent ones. `packed` holds
-    the rest. Evicted tokens and padding are gone.
+    the rest, one part for each of `forms`. Evicted tokens and padding are gone.
     """
 
     is_sliding = False
@@ -48,13 +38,15 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def __init__(self, plans: tuple[HeadPlan, ...], pinned: Pinned, scorer: Scorer) -> None:
         super().__init__()
         self.plans, self.pinned, self.scorer = plans, pinned, scorer
+        self.forms = _forms(plans)
         self._clear()
 
     def _clear(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.is_initialized = False
-        self.packed: list[PackedHeads] = []
+        self.packed: list[PackedTokens] = []  # run b * len(tiers) + j is what tiers[j] takes of sequence b
+        self.step: Plan | None = None  # of the kernels, while lengths stay as they are
         self.sink_mask: Tensor | None = None  # bool [B, S], false where a short sequence has no sink; None if all have
         self.compressible: list[int] = []  # per sequence, the tokens that have been compressed or evicted
         self.start = 0  # position where the window begins
@@ -69,6 +61,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             )
         self.dtype = key_states.dtype if key_states.dtype in (torch.float16, torch.bfloat16) else torch.float16
         self.device = key_states.device
+        self.backend = pick_backend(self.device, head_dim, [form for form, _ in self.forms])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -89,36 +82,28 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             return out
         self.keys = torch.cat([self.keys, new_keys.to(self.dtype)], dim=2)
         self.values = torch.cat([self.values, new_values.to(self.dtype)], dim=2)
-        visible = self._exact_mask(query.shape[2], mask)  # [B or 1, 1, M, S + w]
-        out, lse = grouped_attention(query, self.keys, self.values, visible, scaling, extras)
-        outs, lses = [out], [lse]
-        for part in self.packed:
-            out, lse = self._attend_packed(part, query, scaling, extras)
-            outs.append(out)
-            lses.append(lse)
+        length = query.shape[2]
+        visible = self._exact_mask(length, mask)  # [B or 1, 1, M, S + w]
+        block = max(1, QUERY_ROWS * len(self.plans) // query.shape[1])
+        outs = [
+            self._attend_all(query[:, :, i : i + block], visible[:, 0, i : i + block], scaling, extras)
+            for i in range(0, length, block)
+        ]
         self._flush(query, visible, scaling)
-        return finish(outs, lses, query, extras)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _attend_packed(self, part: PackedHeads, query: Tensor, scaling: float, extras: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Attention to one part; heads that it does not hold see nothing. Shapes as `grouped_attention`."""
-        batch, _, _, head_dim = query.shape
-        grouped = query.reshape(batch, len(self.plans), -1, head_dim)  # [B, H_kv, G * M, D]
-        keys, values = part.tokens.unpack()
-        padded_keys, present = pad(keys, part.tokens.lengths)
-        padded_values, _ = pad(values, part.tokens.lengths)
-        some_out, some_lse = partial_attention(
-            grouped[:, part.heads].flatten(0, 1),
-            padded_keys,
-            padded_values,
-            present[:, None],
-            scaling,
-            extras.get("softcap"),
-        )
-        out = some_out.new_zeros(grouped.shape)
-        lse = some_lse.new_full(grouped.shape[:3], -torch.inf)
-        out[:, part.heads] = some_out.unflatten(0, (batch, -1))
-        lse[:, part.heads] = some_lse.unflatten(0, (batch, -1))
-        return out.flatten(0, 1), lse.flatten(0, 1)
+    def _attend_all(self, query: Tensor, visible: Tensor, scaling: float, extras: dict[str, Any]) -> Tensor:
+        """Output [B, H, M, D] for queries [B, H, M, D] and pinned tokens `visible` [B or 1, M, S + w]; packed ones all see."""
+        assert self.keys is not None and self.values is not None
+        pairs = self.keys.shape[0] * self.keys.shape[1]
+        parts = [part.packed for part in self.packed]
+        if self.backend == "triton" and self.step is None:
+            self.step = plan(parts, pairs, self.device)
+        query32 = query.float() if query.dtype == torch.float64 else query
+        rows = query32.reshape(pairs, -1, query.shape[-1]).contiguous()  # [B * H_kv, G * M, D]
+        window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), visible.contiguous())
+        out, lse = packed_attention(rows, parts, window, scaling, extras.get("softcap"), step=self.step, backend=self.backend)
+        return finish([out], [lse], query, extras)
 
     def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor:
         """Which pinned tokens the `length` newest positions see: bool [B or 1, 1, length, S + w]."""
@@ -143,77 +128,36 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         """Sinks and window to 16 bits, the tokens between them to packed storage."""
         batch, _, length, _ = keys.shape
         valid = _valid_tokens(mask, batch, length, self.device)
-        first = (~valid).sum(1).tolist()  # position of each sequence's first token
+        first = (~valid).sum(1)  # position of each sequence's first token
         sinks = min(self.pinned.sinks, length)
         self.start = sinks + self.pinned.compressible(length)
-        self.compressible = [max(0, self.start - position - sinks) for position in first]
-        slots = torch.arange(sinks, device=self.device)
-        sink_positions = torch.tensor(first, device=self.device)[:, None] + slots  # [B, S]
+        sink_positions = first[:, None] + torch.arange(sinks, device=self.device)  # [B, S]
         in_front = sink_positions < self.start
         self.sink_mask = None if bool(in_front.all()) else in_front
-        exact = torch.cat(
-            [
-                sink_positions.clamp(max=length - 1),
-                torch.arange(self.start, length, device=self.device).expand(batch, -1),
-            ],
-            1,
-        )
+        position = torch.arange(length, device=self.device)
+        exact = torch.cat([sink_positions.clamp(max=length - 1), position[self.start :].expand(batch, -1)], 1)
         rows = exact[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.keys, self.values = keys.gather(2, rows).to(self.dtype), values.gather(2, rows).to(self.dtype)
-        if not any(self.compressible):
-            return
-        scores = self.scorer(query, keys, values, valid, scaling)
-        runs: dict[tuple[str, int, int], list[_Run]] = {}
-        for b in range(batch):
-            middle = slice(first[b] + sinks, max(first[b] + sinks, self.start))
-            for h, plan in enumerate(self.plans):
-                counts = plan.counts(self.compressible[b])
-                self._take(runs, h, counts, scores[b, h, middle], keys[b, h, middle], values[b, h, middle])
-        for (fmt, key_bits, value_bits), some in runs.items():
-            packed = PackedTokens.pack(fmt, *_flat(some), key_bits, value_bits, self.dtype)
-            self.packed.append(PackedHeads([run.head for run in some[: len(some) // batch]], packed))
-
-    def _take(
-        self,
-        runs: dict[tuple[str, int, int], list[_Run]],
-        head: int,
-        counts: list[int],
-        scores: Tensor,
-        keys: Tensor,
-        values: Tensor,
-    ) -> None:
-        """Slice tokens [n, D], ranked by scores [n], into the tiers of `head`: counts[t] for tier t, in order of position."""
-        ranked = scores.argsort(descending=True, stable=True)
-        begin = 0
-        for tier, count in zip(self.plans[head].tiers, counts):
-            taken = ranked[begin : begin + count].sort().values
-            key = (self.plans[head].format, tier.key_bits, tier.value_bits)
-            runs.setdefault(key, []).append(_Run(head, keys[taken], values[taken]))
-            begin += count
+        self.compressible = [0] * batch
+        leaving = (position >= first[:, None] + sinks) & (position < self.start)  # [B, T]
+        if self.start > sinks and bool(leaving.any()):
+            self._pack(leaving, self.scorer(query, keys, values, valid, scaling), keys, values)
 
     def _flush(self, query: Tensor, visible: Tensor, scaling: float) -> None:
         """Moves the oldest tokens out of the window, as many as the length asks for, ranked by the newest queries."""
         assert self.keys is not None and self.values is not None
         sinks = min(self.pinned.sinks, self.cumulative_length)
         self._grow_sinks(sinks, visible)
-        leaving = sinks + self.pinned.compressible(self.cumulative_length) - self.start
-        if leaving <= 0:
+        count = sinks + self.pinned.compressible(self.cumulative_length) - self.start
+        if count <= 0:
             return
-        batch = self.keys.shape[0]
-        present = visible[:, 0, -1].expand(batch, -1)  # [B, S + w]: what the newest token sees is no padding
-        scores = self.scorer(query, self.keys, self.values, present, scaling)
-        runs: dict[tuple[str, int, int], list[_Run]] = {}
-        for b in range(batch):
-            chunk = sinks + present[b, sinks : sinks + leaving].nonzero()[:, 0]  # [n]
-            before, after = self.compressible[b], self.compressible[b] + chunk.numel()
-            for h, plan in enumerate(self.plans):
-                counts = [new - old for new, old in zip(plan.counts(after), plan.counts(before))]
-                self._take(runs, h, counts, scores[b, h, chunk], self.keys[b, h, chunk], self.values[b, h, chunk])
-            self.compressible[b] = after
-        self._append(runs, batch)
-        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + leaving :]], dim=2)
-        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + leaving :]], dim=2)
-        self.start += leaving
+        present = visible[:, 0, -1].expand(self.keys.shape[0], -1)  # [B, S + w]: what the newest token sees is no padding
+        leaving = present.clone()
+        leaving[:, :sinks] = leaving[:, sinks + count :] = False
+        self._pack(leaving, self.scorer(query, self.keys, self.values, present, scaling), self.keys, self.values)
+        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], dim=2)
+        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], dim=2)
+        self.start += count
 
     def _grow_sinks(self, sinks: int, visible: Tensor) -> None:
         """While the cache is shorter than its sinks, every token becomes one."""
@@ -223,15 +167,39 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
                 self.sink_mask = visible[:, 0, -1, :sinks].clone()
             self.start += grown
 
-    def _append(self, runs: dict[tuple[str, int, int], list[_Run]], batch: int) -> None:
-        held = {(part.tokens.format_name, part.tokens.key_bits, part.tokens.value_bits): part for part in self.packed}
-        for (fmt, key_bits, value_bits), some in runs.items():
-            part = held.get((fmt, key_bits, value_bits))
-            if part is None:
-                packed = PackedTokens.pack(fmt, *_flat(some), key_bits, value_bits, self.dtype)
-                self.packed.append(PackedHeads([run.head for run in some[: len(some) // batch]], packed))
+    def _pack(self, leaving: Tensor, scores: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Packs tokens `leaving` bool [B, T] of keys and values [B, H_kv, T, D]; those of the highest scores come first.
+
+        Tiers take what their shares of all compressible tokens ask for, in order of position.
+        """
+        before = np.array(self.compressible)
+        after = before + np.array(leaving.sum(1).tolist())
+        rank = _ranks(scores, leaving)
+        bounds = [_bounds(head, before, after) for head in self.plans]  # of each head, for its tiers and one more: [B]
+        packed = []
+        for i, (form, tiers) in enumerate(self.forms):
+            heads = torch.tensor([h for h, _ in tiers], device=self.device)
+            begin, end = (torch.tensor(np.stack([bounds[h][t + n] for h, t in tiers], 1)) for n in (0, 1))  # [B, tiers]
+            rows = _taken(rank, heads, begin.to(self.device), end.to(self.device))
+            lengths = (end - begin).flatten().to(self.device, torch.int32)
+            if self.packed:
+                self.packed[i].append(keys.flatten(0, 2)[rows], values.flatten(0, 2)[rows], lengths)
             else:
-                part.tokens.append(*_flat(some))
+                pairs = self._pairs(heads, len(before))
+                fmt, key_bits, value_bits = form
+                sides = (_readable(keys), _readable(values))
+                made = quantize_pack(
+                    fmt, *sides, rows, lengths, pairs, key_bits, value_bits, raw_dtype=self.dtype, backend=self.backend
+                )
+                packed.append(PackedTokens(made, self.dtype, self.backend))
+        self.packed = self.packed or packed
+        self.compressible = after.tolist()
+        self.step = None
+
+    def _pairs(self, heads: Tensor, batch: int) -> Tensor:
+        """The (sequence, KV head) pairs of the runs of a part: int32 [B * tiers]."""
+        sequence = torch.arange(batch, device=self.device)
+        return (sequence[:, None] * len(self.plans) + heads).flatten().to(torch.int32)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not: positions are counted by it."""
@@ -244,9 +212,9 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         return -1
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held."""
+        """Every tensor that holds tokens, or says which there are."""
         held = [t for t in (self.keys, self.values, self.sink_mask) if t is not None]
-        return held + [tensor for part in self.packed for tensor in part.tokens.tensors().values()]
+        return held + [tensor for part in self.packed for tensor in part.tensors().values()]
 
     def reset(self) -> None:
         self._clear()
@@ -282,9 +250,11 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         if self.sink_mask is not None:
             self.sink_mask = self.sink_mask[indices]
         self.compressible = [self.compressible[b] for b in indices.tolist()]
-        for part in self.packed:
-            heads = torch.arange(len(part.heads), device=indices.device)
-            part.tokens = part.tokens.select((indices[:, None] * len(part.heads) + heads).flatten())
+        for i, (_, tiers) in enumerate(self.forms[: len(self.packed)]):
+            runs = indices[:, None] * len(tiers) + torch.arange(len(tiers), device=indices.device)
+            heads = torch.tensor([h for h, _ in tiers], device=indices.device)
+            self.packed[i] = self.packed[i].select(runs.flatten(), self._pairs(heads, len(indices)))
+        self.step = None
 
     def offload(self) -> None:
         self._move(torch.device("cpu"))
@@ -296,8 +266,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
             self.sink_mask = None if self.sink_mask is None else self.sink_mask.to(device)
-            for part in self.packed:
-                part.tokens = part.tokens.to(device)
+            self.packed = [part.to(device) for part in self.packed]
+            self.step = None
 
 
 class CompressedCache(Cache):
@@ -318,7 +288,7 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds."""
+        """Bytes of every tensor that the cache holds; not of what a decode step works with, whose size is fixed."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
     @property
@@ -332,10 +302,47 @@ def _layer_nbytes(layer: CacheLayerMixin) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _flat(runs: list[_Run]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys [N, D], values [N, D] and lengths [P] of runs, one after the other."""
-    lengths = torch.tensor([len(run.keys) for run in runs], device=runs[0].keys.device)
-    return torch.cat([run.keys for run in runs]), torch.cat([run.values for run in runs]), lengths
+def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
+    """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
+    forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
+    for h, head in enumerate(plans):
+        seen: Counter[Form] = Counter()
+        for t, tier in enumerate(head.tiers):
+            form = (head.format, tier.key_bits, tier.value_bits)
+            forms.setdefault((form, seen[form]), []).append((h, t))
+            seen[form] += 1
+    return [(form, tiers) for (form, _), tiers in forms.items()]
+
+
+def _bounds(head: HeadPlan, before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rank of the first token that each tier takes, and that none takes, when compressible tokens [B] grow: [tiers + 1, B]."""
+    counts = [new - old for new, old in zip(head.counts(after), head.counts(before))]
+    return np.cumsum([np.zeros_like(before), *counts], axis=0)
+
+
+def _ranks(scores: Tensor, leaving: Tensor) -> Tensor:
+    """Rank of each token by its score, from 0, those that leave before all others: int64 [B, H_kv, T]."""
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~leaving[:, None], -torch.inf)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    position = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, position)
+
+
+def _taken(rank: Tensor, heads: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Rows (b * H_kv + h) * T + t of tokens with begin <= rank < end, run after run: int64 [N].
+
+    rank is [B, H_kv, T], begin and end are [B, tiers] for the tiers of `heads` [tiers].
+    """
+    of_tier = rank[:, heads]  # [B, tiers, T]
+    taken = (of_tier >= begin[..., None]) & (of_tier < end[..., None])
+    sequence, tier, token = taken.nonzero().unbind(1)
+    return (sequence * rank.shape[1] + heads[tier]) * rank.shape[2] + token
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as quantizers take it: no double precision, the channels of a token side by side."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _valid_tokens(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

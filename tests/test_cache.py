@@ -267,3 +267,59 @@ def test_beams_crop_and_reset():
         cache.crop(-30)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+def test_a_long_follow_up_is_answered_in_blocks(monkeypatch):
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, _ = padded_batch(2)
+    logits = []
+    for rows in (1, 6, 256):
+        monkeypatch.setattr("ib_analysis.cache.QUERY_ROWS", rows)
+        cache = CompressedCache(shape, compressing_plans(shape), PINNED, SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids[:, :25], **cache_argument(model, cache))
+            logits.append(model(ids[:, 25:], **cache_argument(model, cache)).logits)
+    torch.testing.assert_close(logits[0], logits[2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[1], logits[2], atol=1e-4, rtol=0)
+
+
+def test_two_tiers_of_one_precision_hold_what_one_of_both_shares_holds():
+    """Groups of 32 tokens do not show at 16 bits."""
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, _ = padded_batch(2)
+    logits = []
+    for tiers in ((Tier(0.25, 16, 16), Tier(0.5, 16, 16)), (Tier(0.75, 16, 16),)):
+        plans = ((HeadPlan("kivi", tiers), HeadPlan("kivi", (Tier(0.5, 16, 16),))),) * 3
+        cache = CompressedCache(shape, plans, Pinned(2, 6, 8), SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids, **cache_argument(model, cache))
+            cache.reorder_cache(torch.tensor([1, 0]))
+            blocks = ids[:, :16].split(2, dim=1)  # fills and flushes the window
+            logits.append(torch.cat([model(block, **cache_argument(model, cache)).logits for block in blocks], dim=1))
+            assert cache.nbytes == 2 * plans_nbytes(shape, plans, Pinned(2, 6, 8), 56)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+
+
+def test_sequences_in_another_order_continue_as_they_were():
+    """Of different lengths, through several flushes of the window."""
+    model = small_model("llama")
+    use_attention(model)
+    shape = cache_shape(model.config)
+    ids, mask = padded_batch(3)
+    order = torch.tensor([2, 0, 0])
+    logits = []
+    for rows in (torch.arange(3), order):
+        cache = CompressedCache(shape, compressing_plans(shape), PINNED, SCORERS["value_aware"])
+        with torch.no_grad():
+            model(ids[:, :28], attention_mask=mask[:, :28], **cache_argument(model, cache))
+            cache.reorder_cache(rows)
+            steps = [
+                model(ids[rows, t : t + 1], attention_mask=mask[rows, : t + 1], **cache_argument(model, cache)).logits
+                for t in range(28, 40)
+            ]
+        logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(logits[1], logits[0][order], atol=1e-4, rtol=0)

@@ -1,9 +1,6 @@
-"""Storage formats of a compressed cache. A new format is one file and one row in FORMATS."""
+"""Storage formats of a compressed cache, and the exact bytes that they take. The formats themselves are in `ib_kernels`."""
 
-from ib_analysis.formats.format import Format
-from ib_analysis.formats.kivi import KIVI
-from ib_analysis.formats.rotated import ROTATED
-
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (KIVI, ROTATED)}
+from ib_kernels.formats import FORMATS
+from ib_kernels.quantizer import Format
 
 __all__ = ["FORMATS", "Format"]

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+import dataclasses
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
-from ib_kernels import ragged
+from ib_kernels import Packed, quantize_pack, ragged, unpack_tokens
+from ib_kernels.backends import Backend
+from ib_kernels.formats import get_format
+from ib_kernels.quantizer import ITEM_BYTES, RAW_BITS, MetadataRows, Quantizer, check_precision, layout, saturating
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ib_analysis.formats.codec import Codec, codecs, get_format
-
 LENGTH_BYTES = 4  # the number of tokens of a run is stored as int32
+
+Count = TypeVar("Count", NDArray[np.int64], Tensor)
 
 
 class PackedTokens:
-    """Tokens of P runs, a run being one (sequence, KV head) pair, at one format, key precision and value precision.
+    """`Packed` tokens to which more can be appended. A run is the tokens of one (sequence, KV head) pair, 0 or more.
 
-    Build it with `PackedTokens.pack`. Tokens lie run after run, so a run may have any number of them, 0 included.
+    `dtype`, torch.float16 or torch.bfloat16, is what 16 bits means. `backend` is by default that of the device (see
+    `ib_kernels.backends`).
     """
 
-    def __init__(
-        self,
-        format_name: str,
-        key_codec: Codec,
-        value_codec: Codec,
-        keys: dict[str, Tensor],
-        values: dict[str, Tensor],
-        lengths: Tensor,
-    ) -> None:
-        self.format_name = format_name
-        self.lengths = lengths  # int32 [P]
-        self._key_codec, self._value_codec = key_codec, value_codec
-        self._keys, self._values = keys, values
+    def __init__(self, packed: Packed, dtype: torch.dtype = torch.float16, backend: Backend | None = None) -> None:
+        self.packed, self.dtype, self.backend = packed, dtype, backend
 
     @classmethod
-    @torch.no_grad()
     def pack(
         cls,
         format_name: str,
@@ -47,7 +40,7 @@ class PackedTokens:
         value_bits: int,
         dtype: torch.dtype = torch.float16,
     ) -> PackedTokens:
-        """Quantize and pack keys and values [N, D] of P consecutive runs of lengths [P].
+        """Quantize and pack keys and values [N, D] of P consecutive runs of lengths [P]; run p is that of pair p.
 
         Args:
             format_name: a name in FORMATS.
@@ -58,28 +51,15 @@ class PackedTokens:
         Raises ValueError for an unknown format, precision or dtype, or if shapes and lengths do not fit.
         """
         _check(keys, values, lengths)
-        key_codec, value_codec = codecs(format_name, keys.shape[1], key_bits, value_bits, dtype)
         lengths = lengths.to(keys.device, torch.int32, copy=True)
-        return cls(
-            format_name,
-            key_codec,
-            value_codec,
-            key_codec.encode(keys.float(), lengths),
-            value_codec.encode(values.float(), lengths),
-            lengths,
-        )
+        pairs = torch.arange(len(lengths), dtype=torch.int32, device=keys.device)
+        packed = _quantize(format_name, keys, values, lengths, pairs, key_bits, value_bits, None, dtype, None)
+        return cls(packed, dtype)
 
     @property
-    def key_bits(self) -> int:
-        return self._key_codec.bits
-
-    @property
-    def value_bits(self) -> int:
-        return self._value_codec.bits
-
-    @property
-    def head_dim(self) -> int:
-        return self._key_codec.head_dim
+    def lengths(self) -> Tensor:
+        """Tokens of each run: int32 [P]."""
+        return self.packed.lengths
 
     @property
     def nbytes(self) -> int:
@@ -87,17 +67,19 @@ class PackedTokens:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held: "lengths", "keys.words", "keys.scale", ..., "values.words", ..."""
+        """Every tensor held: "lengths", "keys.words", "keys.scale", ..., "values.words", ...
+
+        Not the pairs of the runs, which follow from the plan of the layer.
+        """
         return {
             "lengths": self.lengths,
-            **{f"keys.{name}": part for name, part in self._keys.items()},
-            **{f"values.{name}": part for name, part in self._values.items()},
+            **{f"keys.{name}": part for name, part in self.packed.keys.items()},
+            **{f"values.{name}": part for name, part in self.packed.values.items()},
         }
 
-    @torch.no_grad()
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Dequantized keys and values, fp32 [N, D] each."""
-        return self._key_codec.decode(self._keys, self.lengths), self._value_codec.decode(self._values, self.lengths)
+        return unpack_tokens(self.packed, self.backend)
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
@@ -107,37 +89,54 @@ class PackedTokens:
         quantized again together with the new tokens. Raises ValueError if shapes and lengths do not fit.
         """
         _check(keys, values, lengths)
-        if keys.shape[1] != self.head_dim or lengths.shape != self.lengths.shape:
+        packed = self.packed
+        if keys.shape[1] != packed.head_dim or lengths.shape != self.lengths.shape:
             raise ValueError(
                 f"got {lengths.shape[0]} runs of head_dim {keys.shape[1]}: pass one length, 0 allowed, for each of the "
-                f"{self.lengths.shape[0]} runs of head_dim {self.head_dim}"
+                f"{self.lengths.shape[0]} runs of head_dim {packed.head_dim}"
             )
         lengths = lengths.to(self.lengths)
-        self._keys = self._key_codec.append(self._keys, self.lengths, keys.float(), lengths)
-        self._values = self._value_codec.append(self._values, self.lengths, values.float(), lengths)
-        self.lengths = self.lengths + lengths
-
-    @torch.no_grad()
-    def select(self, pairs: Tensor) -> PackedTokens:
-        """A copy of the runs that the integer vector `pairs` names, in its order; repeats allowed."""
-        ragged.check_pairs(pairs, self.lengths.shape[0])
-        pairs = pairs.to(self.lengths.device, torch.int64)
-        return self._with(
-            self._key_codec.select(self._keys, self.lengths, pairs),
-            self._value_codec.select(self._values, self.lengths, pairs),
-            self.lengths[pairs],
+        complete = self.lengths - self.lengths % _group_tokens(packed)  # [P]
+        head, tail = _split(packed, complete)
+        tail_keys, tail_values = unpack_tokens(tail, self.backend)
+        added = _quantize(
+            packed.format,
+            ragged.interleave(tail_keys, tail.lengths, keys.float(), lengths),
+            ragged.interleave(tail_values, tail.lengths, values.float(), lengths),
+            tail.lengths + lengths,
+            packed.pairs,
+            packed.key_bits,
+            packed.value_bits,
+            _centre(packed, keys.float(), lengths),
+            self.dtype,
+            self.backend,
         )
+        self.packed = _joined(head, added)
+
+    def select(self, runs: Tensor, pairs: Tensor | None = None) -> PackedTokens:
+        """A copy of the runs that the integer vector `runs` names, in its order, repeats allowed, as runs of `pairs` int32.
+
+        By default run p of the copy is that of pair p.
+        """
+        ragged.check_pairs(runs, self.lengths.shape[0])
+        device = self.lengths.device
+        runs = runs.to(device, torch.int64)
+        pairs = torch.arange(len(runs), dtype=torch.int32, device=device) if pairs is None else pairs
+        keys, values = (
+            {name: ragged.select(part[name], _row_count(rows, self.lengths), runs)[0] for name, rows in shapes.items()}
+            for part, shapes in _sides(self.packed)
+        )
+        packed = dataclasses.replace(self.packed, keys=keys, values=values, lengths=self.lengths[runs], pairs=pairs)
+        return PackedTokens(packed, self.dtype, self.backend)
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on `device`."""
-        return self._with(
-            {name: part.to(device) for name, part in self._keys.items()},
-            {name: part.to(device) for name, part in self._values.items()},
-            self.lengths.to(device),
+        keys, values = (
+            {name: tensor.to(device) for name, tensor in part.items()} for part in (self.packed.keys, self.packed.values)
         )
-
-    def _with(self, keys: dict[str, Tensor], values: dict[str, Tensor], lengths: Tensor) -> PackedTokens:
-        return PackedTokens(self.format_name, self._key_codec, self._value_codec, keys, values, lengths)
+        lengths, pairs = self.lengths.to(device), self.packed.pairs.to(device)
+        packed = dataclasses.replace(self.packed, keys=keys, values=values, lengths=lengths, pairs=pairs)
+        return PackedTokens(packed, self.dtype, self.backend)
 
 
 @overload
@@ -157,9 +156,13 @@ def tokens_nbytes(
     counts = np.asarray(tokens)
     if not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
         raise ValueError("tokens must be counts: pass integers of at least 0")
-    key_codec, value_codec = codecs(format_name, head_dim, key_bits, value_bits, torch.float16)
+    fmt = get_format(format_name)
     counts = counts.astype(np.int64)
-    nbytes = key_codec.nbytes(counts) + value_codec.nbytes(counts) + LENGTH_BYTES
+    nbytes = np.full_like(counts, LENGTH_BYTES)
+    for quantizer, bits in ((fmt.keys, key_bits), (fmt.values, value_bits)):
+        check_precision(bits)
+        for rows in layout(quantizer, bits, head_dim).values():
+            nbytes = nbytes + _row_count(rows, counts) * (rows.width * ITEM_BYTES)
     return nbytes if isinstance(tokens, np.ndarray) else int(nbytes)
 
 
@@ -170,20 +173,99 @@ def roundtrip_keys(format_name: str, x: Tensor, lengths: Tensor, bits: int, dtyp
     Bit for bit what `PackedTokens.unpack` gives for the same runs; `bits` = 16 rounds to `dtype`.
     Raises ValueError for an unknown format, precision or dtype.
     """
-    return _roundtrip(Codec(get_format(format_name).keys, bits, x.shape[-1], dtype), x, lengths)
+    return _roundtrip(get_format(format_name).keys, x, lengths, bits, dtype)
 
 
 @torch.no_grad()
 def roundtrip_values(format_name: str, x: Tensor, lengths: Tensor, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
     """As `roundtrip_keys`, for values x [N, D]."""
-    return _roundtrip(Codec(get_format(format_name).values, bits, x.shape[-1], dtype), x, lengths)
+    return _roundtrip(get_format(format_name).values, x, lengths, bits, dtype)
 
 
-def _roundtrip(codec: Codec, x: Tensor, lengths: Tensor) -> Tensor:
+def _roundtrip(quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    check_precision(bits, dtype)
     if not x.is_floating_point() or x.ndim != 2:
         raise ValueError(f"expected floats [N, D], got {x.dtype} {list(x.shape)}")
     ragged.check(x, lengths)
-    return codec.roundtrip(x.float(), lengths)
+    x = x.float()
+    if bits == RAW_BITS:
+        return saturating(x, dtype).float()
+    codes, metadata = quantizer.quantize(x, lengths, bits, quantizer.fit(x, lengths))
+    return quantizer.dequantize(codes, metadata, lengths, bits)
+
+
+def _quantize(
+    format_name: str,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    pairs: Tensor,
+    key_bits: int,
+    value_bits: int,
+    centre: Tensor | None,
+    dtype: torch.dtype,
+    backend: Backend | None,
+) -> Packed:
+    """All rows of keys and values [N, D]."""
+    keys, values = (x.float().contiguous()[None, None] for x in (keys, values))
+    rows = torch.arange(keys.shape[2], device=keys.device)
+    return quantize_pack(format_name, keys, values, rows, lengths, pairs, key_bits, value_bits, centre, dtype, backend)
+
+
+def _sides(packed: Packed) -> tuple[tuple[dict[str, Tensor], dict[str, MetadataRows]], ...]:
+    """The tensors of keys and of values, and their shapes."""
+    fmt = get_format(packed.format)
+    return (
+        (packed.keys, layout(fmt.keys, packed.key_bits, packed.head_dim)),
+        (packed.values, layout(fmt.values, packed.value_bits, packed.head_dim)),
+    )
+
+
+def _group_tokens(packed: Packed) -> int:
+    """Tokens of a run that are quantized together."""
+    return max(1, *(rows.tokens_per_row for _, shapes in _sides(packed) for rows in shapes.values()))
+
+
+def _row_count(rows: MetadataRows, tokens: Count) -> Count:
+    """How many rows of this tensor a run of `tokens` tokens has."""
+    if rows.tokens_per_row == 0:
+        return tokens * 0 + 1
+    return (tokens + rows.tokens_per_row - 1) // rows.tokens_per_row
+
+
+def _split(packed: Packed, head_lengths: Tensor) -> tuple[Packed, Packed]:
+    """The first head_lengths [P] tokens of each run, whole groups, and the rest; what a run has once, both have."""
+    heads: list[dict[str, Tensor]] = []
+    tails: list[dict[str, Tensor]] = []
+    for part, shapes in _sides(packed):
+        heads.append(dict(part))
+        tails.append(dict(part))
+        for name, rows in shapes.items():
+            if rows.tokens_per_row > 0:
+                count, head_count = _row_count(rows, packed.lengths), _row_count(rows, head_lengths)
+                heads[-1][name], tails[-1][name] = ragged.split(part[name], count, head_count)
+    head = dataclasses.replace(packed, keys=heads[0], values=heads[1], lengths=head_lengths)
+    return head, dataclasses.replace(packed, keys=tails[0], values=tails[1], lengths=packed.lengths - head_lengths)
+
+
+def _joined(head: Packed, tail: Packed) -> Packed:
+    """Every run of `head` followed by that of `tail`; what a run has once is that of `tail`."""
+    joined: list[dict[str, Tensor]] = []
+    for (part, shapes), (more, _) in zip(_sides(head), _sides(tail)):
+        joined.append(dict(more))
+        for name, rows in shapes.items():
+            if rows.tokens_per_row > 0:
+                count, more_count = _row_count(rows, head.lengths), _row_count(rows, tail.lengths)
+                joined[-1][name] = ragged.interleave(part[name], count, more[name], more_count)
+    return dataclasses.replace(head, keys=joined[0], values=joined[1], lengths=head.lengths + tail.lengths)
+
+
+def _centre(packed: Packed, new_keys: Tensor, new_lengths: Tensor) -> Tensor | None:
+    """What the keys of each run are centred on, fp16 [P, D]: as before, or for a run that was empty its first tokens' mean."""
+    if "centre" not in packed.keys:
+        return None
+    fitted = get_format(packed.format).keys.fit(new_keys, new_lengths)["centre"]
+    return torch.where((packed.lengths == 0)[:, None], fitted, packed.keys["centre"])
 
 
 def _check(keys: Tensor, values: Tensor, lengths: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Compression backend: bit packing, ragged batches, quantization, and attention over what a compressed cache holds.
 
-Plain torch on a CPU; on a GPU the kernels of the modules whose names end in _triton, which are imported when first needed.
+Plain torch on a CPU; on a GPU the kernels of the modules whose names end in _triton, which are imported when first needed
+(see `backends`). A storage format is one file, with its quantizers, and one row in `formats.FORMATS`.
 Depends on torch and Triton only.
 """
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from ib_kernels.attention import merge, partial_attention
-from ib_kernels.kivi import GROUP_CHANNELS, group_counts
-from ib_kernels.packed import RAW_BITS, Packed, unpack_tokens_reference
+from ib_kernels.attention import partial_attention
+from ib_kernels.backends import Backend, check_kernel, default_backend
+from ib_kernels.formats import get_format
+from ib_kernels.kivi import group_counts
+from ib_kernels.packed import Packed, unpack_tokens_reference
 from ib_kernels.planning import Plan, is_rotated, plan
-from ib_kernels.ragged import check_pairs, pad, position_in_run
+from ib_kernels.quantizer import RAW_BITS, layout
+from ib_kernels.ragged import check_pairs, pad
 from torch import Tensor
 
-MOST_CHANNELS = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -40,8 +42,11 @@ def packed_attention(
     softcap: float | None = None,
     bias: Tensor | None = None,
     step: Plan | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over packed tokens and a window, as if they were one sequence.
+
+    With a plan in `step` the kernels read nothing back from the GPU, so that a CUDA graph can capture them.
 
     Args:
         query: [pairs, R, D], fp16, bf16 or fp32; the rows of a pair are its G grouped heads times M positions, R = G * M.
@@ -51,17 +56,19 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Needed on a GPU only. If None it is made
-            here and the lengths are checked, for which the GPU has to catch up. With a step nothing is read back, and
-            what is allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
+        step: `plan(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is made
+            here and the lengths are checked, for which the GPU has to catch up.
+        backend: by default that of the device (see `backends`).
 
     Returns:
         (out fp32 [pairs, R, D], natural log-sum-exp of the logits fp32 [pairs, R]). A row that sees nothing gives 0 and -inf.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit and, on a GPU, a head_dim that is no multiple of 16.
+    Raises ValueError for shapes, dtypes or devices that do not fit and, if the kernels run, for what they do not take: a
+    head_dim that is no multiple of 16 up to 256, tensors that are not contiguous, 16 bits on one side only.
     """
     _check(query, parts, window, bias)
-    if query.is_cuda:
+    backend = default_backend(query.device) if backend is None else backend
+    if backend == "triton":
         return packed_attention_triton(query, parts, window, scaling, softcap, bias, step)
     return packed_attention_reference(query, parts, window, scaling, softcap, bias)
 
@@ -75,21 +82,19 @@ def packed_attention_reference(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`packed_attention` in plain torch: every part unpacked, attended to and merged."""
-    outs = [torch.zeros(query.shape, device=query.device)]
-    lses = [torch.full(query.shape[:2], -torch.inf, device=query.device)]
+    outs, lses, owners = [], [], []
     if window is not None:
         out, lse = partial_attention(query, window.keys, window.values, _row_mask(window, query), scaling, softcap)
         outs.append(out)
         lses.append(lse)
+        owners.append(torch.arange(query.shape[0], device=query.device))
     for part in parts:
         pairs = part.pairs.long()
         out, lse = _attend_part(query[pairs], part, scaling, softcap)
-        if bias is not None:
-            lse = lse + bias[pairs]
-        for runs in _without_repeats(pairs):
-            outs.append(torch.zeros_like(outs[0]).index_copy(0, pairs[runs], out[runs]))
-            lses.append(torch.full_like(lses[0], -torch.inf).index_copy(0, pairs[runs], lse[runs]))
-    return merge(outs, lses)
+        outs.append(out)
+        lses.append(lse if bias is None else lse + bias[pairs])
+        owners.append(pairs)
+    return _merge_by_pair(outs, lses, owners, query)
 
 
 def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -100,6 +105,21 @@ def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | N
     return partial_attention(query, padded_keys, padded_values, present[:, None], scaling, softcap)
 
 
+def _merge_by_pair(outs: list[Tensor], lses: list[Tensor], owners: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge outs [S, R, D] with log-sum-exps [S, R], of the pairs `owners` [S], to one for each pair of the query."""
+    merged = torch.zeros(query.shape, device=query.device)
+    top = torch.full(query.shape[:2], -torch.inf, device=query.device)
+    if not outs:
+        return merged, top
+    pairs, lse = torch.cat(owners), torch.cat(lses)
+    top.scatter_reduce_(0, pairs[:, None].expand_as(lse), lse.detach(), "amax")
+    top.masked_fill_(top == -torch.inf, 0.0)  # a row that sees nothing: all weights become 0, none NaN
+    weights = torch.exp(lse - top[pairs])
+    total = torch.zeros_like(top).index_add(0, pairs, weights)
+    merged = merged.index_add(0, pairs, weights[..., None] * torch.cat(outs))
+    return merged / total.masked_fill(total == 0, 1.0)[..., None], torch.log(total) + top
+
+
 def _row_mask(window: Window, query: Tensor) -> Tensor:
     """The window's mask for each query row: bool [pairs, R or 1, T]."""
     pairs, rows = query.shape[:2]
@@ -107,16 +127,6 @@ def _row_mask(window: Window, query: Tensor) -> Tensor:
         return torch.ones(pairs, 1, window.keys.shape[1], dtype=torch.bool, device=query.device)
     sequences, positions, _ = window.mask.shape
     return window.mask.repeat_interleave(pairs // sequences, dim=0).repeat(1, rows // positions, 1)
-
-
-def _without_repeats(pairs: Tensor) -> Iterator[Tensor]:
-    """Indices of runs, in as many vectors as the most frequent pair has runs, no pair twice in one."""
-    order = pairs.argsort(stable=True)
-    counts = torch.unique_consecutive(pairs[order], return_counts=True)[1]
-    occurrence = torch.empty_like(pairs)
-    occurrence[order] = position_in_run(counts)
-    for k in range(int(counts.max()) if counts.numel() else 0):
-        yield (occurrence == k).nonzero()[:, 0]
 
 
 def packed_attention_triton(
@@ -134,9 +144,10 @@ def packed_attention_triton(
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
     if step is None:
-        _check_lengths(parts, pairs)
+        for part in parts:
+            _check_lengths(part, pairs)
         step = plan(parts, pairs, query.device)
-    _check_step(step, parts, pairs)
+    _check_plan(step, parts, query)
     partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
     partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
     for part, items in zip(parts, step.items, strict=True):
@@ -163,17 +174,13 @@ def _check(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: 
     if query.ndim != 3:
         raise ValueError(f"query must be [pairs, R, D], got {list(query.shape)}")
     pairs, rows, head_dim = query.shape
-    tensors = [tensor for part in parts for tensor in _tensors(part)]
     if any(part.head_dim != head_dim for part in parts):
         raise ValueError(f"packed tokens have head_dim {[part.head_dim for part in parts]}, but the query {head_dim}")
     if window is not None:
-        tensors += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
         _check_window(window, pairs, rows, head_dim)
-    if bias is not None:
-        tensors.append(bias)
-        if bias.shape != (pairs, rows) or bias.dtype != torch.float32:
-            raise ValueError(f"bias must be float32 [{pairs}, {rows}], got {bias.dtype} {list(bias.shape)}")
-    if any(tensor.device != query.device for tensor in tensors):
+    if bias is not None and (bias.shape != (pairs, rows) or bias.dtype != torch.float32):
+        raise ValueError(f"bias must be float32 [{pairs}, {rows}], got {bias.dtype} {list(bias.shape)}")
+    if any(tensor.device != query.device for tensor in _read(query, parts, window, bias)):
         raise ValueError(f"the query is on {query.device}, but not all that it attends to: move them to one device")
 
 
@@ -198,68 +205,59 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
     """What the kernels cannot do. Nothing is computed from it."""
     if query.dtype not in KERNEL_DTYPES:
         raise ValueError(f"the GPU kernels take a query of {list(KERNEL_DTYPES)}, got {query.dtype}")
-    if query.shape[2] % 16 or query.shape[2] > MOST_CHANNELS:
-        raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16 up to {MOST_CHANNELS}, got {query.shape[2]}")
-    tensors = [query] if bias is None else [query, bias]
-    if window is not None:
-        tensors += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
-        if window.keys.dtype not in KERNEL_DTYPES or window.values.dtype not in KERNEL_DTYPES:
-            raise ValueError(f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype}")
+    check_kernel(query.shape[2], "", RAW_BITS, RAW_BITS)
     for part in parts:
-        if (part.key_bits == RAW_BITS) != (part.value_bits == RAW_BITS):
-            raise ValueError(
-                f"the GPU kernels have no keys of {part.key_bits} with values of {part.value_bits} bits: "
-                "pack both, or leave both at 16 bits"
-            )
-        _check_part(part)
-        tensors += _tensors(part)
-    if not all(tensor.is_contiguous() for tensor in tensors):
+        check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)
+        _check_rows(part)
+    if window is not None and {window.keys.dtype, window.values.dtype} - set(KERNEL_DTYPES):
+        raise ValueError(
+            f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype} and {window.values.dtype}"
+        )
+    if not all(tensor.is_contiguous() for tensor in _read(query, parts, window, bias)):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the query, window, bias and parts")
 
 
-def _tensors(part: Packed) -> list[Tensor]:
-    return [part.lengths, part.pairs, *part.keys.values(), *part.values.values()]
+def _check_rows(part: Packed) -> None:
+    """Raise ValueError unless all tensors of a part have the dtype and as many rows as the kernels count on."""
+    tokens, fmt = part.keys["words"].shape[0], get_format(part.format)
+    sides = (("keys", part.keys, fmt.keys, part.key_bits), ("values", part.values, fmt.values, part.value_bits))
+    for side, held, quantizer, bits in sides:
+        groups = 0 if bits == RAW_BITS else held["scale"].shape[0]  # their number depends on the lengths
+        count = {0: part.lengths.shape[0], 1: tokens}
+        expected = {name: count.get(rows.tokens_per_row, groups) for name, rows in layout(quantizer, bits, part.head_dim).items()}
+        found = {name: held[name].shape[0] for name in expected}
+        if found != expected:
+            raise ValueError(f"the {side} of a part with {tokens} keys must have {expected} rows, got {found}")
+        dtypes = {name: held[name].dtype for name in expected}
+        words = dtypes.pop("words")
+        if words not in (torch.int16, *KERNEL_DTYPES) or set(dtypes.values()) - {torch.float16}:
+            raise ValueError(f"the GPU kernels take fp16 metadata and no words of 64 bits, got {side} of {words} with {dtypes}")
 
 
-def _check_part(part: Packed) -> None:
-    """The shapes and dtypes from which the kernels compute addresses."""
-    tokens, runs, head_dim = part.keys["words"].shape[0], part.lengths.shape[0], part.head_dim
-    if part.key_bits == RAW_BITS:
-        metadata: dict[str, tuple[int, int]] = {}
-        if any(side["words"].dtype not in KERNEL_DTYPES for side in (part.keys, part.values)):
-            raise ValueError(f"the GPU kernels take tokens of {list(KERNEL_DTYPES)}, got {part.keys['words'].dtype}")
-    elif is_rotated(part):
-        metadata = {"keys scale": (tokens, 1), "keys centre": (runs, head_dim), "values scale": (tokens, 1)}
-    else:
-        of_keys, of_values = (part.keys["scale"].shape[0], head_dim), (tokens, -(-head_dim // GROUP_CHANNELS))
-        metadata = {
-            f"{side} {name}": shape for side, shape in (("keys", of_keys), ("values", of_values)) for name in ("scale", "minimum")
-        }
-    if part.values["words"].shape[0] != tokens:
-        raise ValueError(f"there are {tokens} keys, but {part.values['words'].shape[0]} values")
-    for name, shape in metadata.items():
-        side, key = name.split()
-        held = (part.keys if side == "keys" else part.values)[key]
-        if held.shape != shape or held.dtype != torch.float16:
-            raise ValueError(f"the {name} of packed tokens must be fp16 {list(shape)}, got {held.dtype} {list(held.shape)}")
+def _check_lengths(part: Packed, pairs: int) -> None:
+    """Raise ValueError if runs need more tokens or groups than are held, or belong to no pair."""
+    check_pairs(part.pairs, pairs)
+    if part.lengths.numel() and int(part.lengths.min()) < 0:
+        raise ValueError("lengths must not be negative: pass the number of tokens of every run")
+    needed = {"words": part.lengths}
+    if part.format == "kivi" and part.key_bits != RAW_BITS:
+        needed["scale"] = group_counts(part.lengths)
+    for name, rows in needed.items():
+        if int(rows.sum()) > part.keys[name].shape[0]:
+            raise ValueError(f"lengths need {int(rows.sum())} rows of {name}, but there are {part.keys[name].shape[0]}")
 
 
-def _check_lengths(parts: Sequence[Packed], pairs: int) -> None:
-    for part in parts:
-        check_pairs(part.pairs, pairs)
-        tokens = part.keys["words"].shape[0]
-        needed = int(part.lengths.sum())
-        if needed > tokens or (part.lengths.numel() and int(part.lengths.min()) < 0):
-            raise ValueError(f"lengths must not be negative and need {needed} tokens, but the part holds {tokens}")
-        if part.format == "kivi" and part.key_bits != RAW_BITS:
-            groups, held = int(group_counts(part.lengths).sum()), part.keys["scale"].shape[0]
-            if groups > held:
-                raise ValueError(f"lengths need {groups} groups of keys, but there are scales of {held}")
-
-
-def _check_step(step: Plan, parts: Sequence[Packed], pairs: int) -> None:
-    if len(step.items) != len(parts) or step.slots.shape[0] != pairs + 1:
+def _check_plan(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
+    if len(step.items) != len(parts) or step.slots.shape[0] != query.shape[0] + 1 or step.slots.device != query.device:
         raise ValueError(
-            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs, not for {len(parts)} and {pairs}: "
-            "plan again after parts or the batch change"
+            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, but there "
+            f"are {len(parts)} parts and {query.shape[0]} pairs on {query.device}: call plan again when parts change"
         )
+
+
+def _read(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: Tensor | None) -> list[Tensor]:
+    """Every tensor that attention reads."""
+    held = [query, *(tensor for part in parts for tensor in part.tensors)]
+    if window is not None:
+        held += [window.keys, window.values] + ([] if window.mask is None else [window.mask])
+    return held if bias is None else [*held, bias]

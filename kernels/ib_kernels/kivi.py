@@ -8,51 +8,62 @@ from __future__ import annotations
 
 import torch
 from ib_kernels import ragged
+from ib_kernels.quantizer import FP16_MAX, Format, MetadataRows
 from torch import Tensor
 
-FP16_MAX = 65504.0
 GROUP_TOKENS = 32  # consecutive tokens of a run that share a channel's key scale
 GROUP_CHANNELS = 32  # consecutive channels of a token that share a value scale
 
 
-def quantize_keys(x: Tensor, lengths: Tensor, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes uint8 [N, D] of rows x fp32 [N, D], and scale and minimum fp16 [G, D]: a row for each group of a run.
+class KiviKeys:
+    """Scale and minimum [G, D]: one row for each group of 32 tokens of a run, whose last group may be short."""
 
-    The last group of a run may be short.
-    """
-    groups = x[_tokens_of_group(lengths)]  # [G, 32, D]
-    minimum, scale = _range(groups.amin(1), groups.amax(1), bits)
-    group = _group_of_token(lengths)
-    return _codes(x, minimum[group], scale[group], bits), {"scale": scale, "minimum": minimum}
+    def metadata(self, head_dim: int) -> dict[str, MetadataRows]:
+        rows = MetadataRows(head_dim, GROUP_TOKENS)
+        return {"scale": rows, "minimum": rows}
 
+    def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        return {}
 
-def dequantize_keys(codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor) -> Tensor:
-    """Rows fp32 [N, D] of codes [N, D]."""
-    group = _group_of_token(lengths)
-    return _values(codes, metadata["minimum"][group], metadata["scale"][group])
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        groups = x[_tokens_of_group(lengths)]  # [G, 32, D]
+        minimum, scale = _range(groups.amin(1), groups.amax(1), bits)
+        group = _group_of_token(lengths)
+        codes = _codes(x, minimum[group], scale[group], bits)
+        return codes, {"scale": scale, "minimum": minimum}
 
-
-def quantize_values(x: Tensor, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes uint8 [N, D] of rows x fp32 [N, D], and scale and minimum fp16 [N, ceil(D / 32)]; the last group may be short."""
-    head_dim = x.shape[1]
-    groups = -(-head_dim // GROUP_CHANNELS)
-    # Repeating the last channel completes a short group without moving its minimum or maximum.
-    channel = torch.arange(groups * GROUP_CHANNELS, device=x.device).clamp(max=head_dim - 1)
-    grouped = x[:, channel].unflatten(1, (groups, GROUP_CHANNELS))  # [N, groups, 32]
-    minimum, scale = _range(grouped.amin(2), grouped.amax(2), bits)
-    codes = _codes(x, _to_channels(minimum, head_dim), _to_channels(scale, head_dim), bits)
-    return codes, {"scale": scale, "minimum": minimum}
+    def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
+        group = _group_of_token(lengths)
+        return _values(codes, metadata["minimum"][group], metadata["scale"][group])
 
 
-def dequantize_values(codes: Tensor, metadata: dict[str, Tensor]) -> Tensor:
-    """Rows fp32 [N, D] of codes [N, D]."""
-    head_dim = codes.shape[1]
-    return _values(codes, _to_channels(metadata["minimum"], head_dim), _to_channels(metadata["scale"], head_dim))
+class KiviValues:
+    """Scale and minimum [N, ceil(D / 32)]: one for each group of 32 channels of a token, the last may be short."""
+
+    def metadata(self, head_dim: int) -> dict[str, MetadataRows]:
+        rows = MetadataRows(-(-head_dim // GROUP_CHANNELS))
+        return {"scale": rows, "minimum": rows}
+
+    def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        head_dim = x.shape[1]
+        groups = -(-head_dim // GROUP_CHANNELS)
+        # Repeating the last channel completes a short group without moving its minimum or maximum.
+        channel = torch.arange(groups * GROUP_CHANNELS, device=x.device).clamp(max=head_dim - 1)
+        grouped = x[:, channel].unflatten(1, (groups, GROUP_CHANNELS))  # [N, groups, 32]
+        minimum, scale = _range(grouped.amin(2), grouped.amax(2), bits)
+        codes = _codes(x, _to_channels(minimum, head_dim), _to_channels(scale, head_dim), bits)
+        return codes, {"scale": scale, "minimum": minimum}
+
+    def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
+        head_dim = codes.shape[1]
+        minimum, scale = _to_channels(metadata["minimum"], head_dim), _to_channels(metadata["scale"], head_dim)
+        return _values(codes, minimum, scale)
 
 
-def group_counts(lengths: Tensor) -> Tensor:
-    """How many groups of tokens runs of these lengths have."""
-    return (lengths + GROUP_TOKENS - 1) // GROUP_TOKENS
+KIVI = Format("kivi", KiviKeys(), KiviValues())
 
 
 def _range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -76,6 +87,11 @@ def _codes(x: Tensor, minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _values(codes: Tensor, minimum: Tensor, scale: Tensor) -> Tensor:
     return codes.float().mul_(scale.float()).add_(minimum.float())
+
+
+def group_counts(lengths: Tensor) -> Tensor:
+    """How many groups of tokens runs of these lengths have."""
+    return (lengths + GROUP_TOKENS - 1) // GROUP_TOKENS
 
 
 def _group_of_token(lengths: Tensor) -> Tensor:

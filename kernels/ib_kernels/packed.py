@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from ib_kernels import bitpack, kivi, ragged, rotated
+from ib_kernels import bitpack
+from ib_kernels.backends import Backend, check_kernel, default_backend
+from ib_kernels.formats import get_format
+from ib_kernels.quantizer import RAW_BITS, Quantizer, layout
 from torch import Tensor
-
-FORMATS = ("kivi", "rotated")
-RAW_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Packed:
     """Keys and values of N tokens in P consecutive runs, at one format, key precision and value precision.
 
     Attributes:
-        format: "kivi" or "rotated"; without meaning at 16 bits.
-        key_bits, value_bits: 2, 3, 4 or 8; or both 16, "words" then being the numbers themselves, fp16 or bf16 [N, D].
+        format: a name in FORMATS; without meaning at 16 bits.
+        key_bits, value_bits: 2, 3, 4, 8, or 16, "words" then being the numbers themselves, fp16 or bf16 [N, D]. The kernels
+            have 16 bits for both or for none.
         keys: "words" int16 [N, words_per_token] (see `bitpack`), and for
             kivi "scale", "minimum" fp16 [G, D], a row for each group of 32 tokens of a run, of which the last may be short;
             rotated "scale" fp16 [N, 1], "centre" fp16 [P, D].
@@ -37,40 +38,46 @@ class Packed:
     pairs: Tensor
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"unknown format {self.format!r}: use one of {list(FORMATS)}")
-        for name, part, bits in (("keys", self.keys, self.key_bits), ("values", self.values, self.value_bits)):
-            width = self.head_dim if bits == RAW_BITS else bitpack.words_per_token(self.head_dim, bits)
-            words = part["words"]
-            if words.ndim != 2 or words.shape[1] != width or (words.dtype == torch.int16) != (bits != RAW_BITS):
-                raise ValueError(
-                    f"{name} of {bits} bits and head_dim {self.head_dim} need {width} words a token, "
-                    f"got {words.dtype} {list(words.shape)}"
-                )
+        fmt = get_format(self.format)
+        _check_side("keys", self.keys, fmt.keys, self.key_bits, self.head_dim)
+        _check_side("values", self.values, fmt.values, self.value_bits, self.head_dim)
         if self.lengths.dtype != torch.int32 or self.pairs.dtype != torch.int32 or self.lengths.shape != self.pairs.shape:
             raise ValueError(
                 f"lengths and pairs must be int32 [P], got {self.lengths.dtype} {list(self.lengths.shape)} "
                 f"and {self.pairs.dtype} {list(self.pairs.shape)}"
             )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [*self.keys.values(), *self.values.values(), self.lengths, self.pairs]
 
-def unpack_tokens(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Keys and values fp32 [N, D] that `packed` stands for."""
-    if packed.lengths.is_cuda and packed.key_bits != RAW_BITS and packed.value_bits != RAW_BITS:
+
+def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values fp32 [N, D] that `packed` stands for; `backend` is by default that of the device."""
+    backend = default_backend(packed.lengths.device) if backend is None else backend
+    if backend == "triton" and packed.key_bits != RAW_BITS and packed.value_bits != RAW_BITS:
         return unpack_tokens_triton(packed)
     return unpack_tokens_reference(packed)
 
 
+@torch.no_grad()
 def unpack_tokens_reference(packed: Packed) -> tuple[Tensor, Tensor]:
     """`unpack_tokens` in plain torch."""
-    return _unpack_keys(packed), _unpack_values(packed)
+    fmt = get_format(packed.format)
+    return (
+        _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
+        _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
+    )
 
 
 def unpack_tokens_triton(packed: Packed) -> tuple[Tensor, Tensor]:
-    """`unpack_tokens` by the kernels, for 2, 3, 4 or 8 bits. Raises ValueError for a head_dim they do not take."""
+    """`unpack_tokens` by the kernels, for 2, 3, 4 or 8 bits. Raises ValueError for tokens they do not take."""
     from ib_kernels import kivi_triton, rotated_triton
 
-    check_head_dim(packed.head_dim)
+    check_kernel(packed.head_dim, packed.format, packed.key_bits, packed.value_bits)
+    if not all(tensor.is_contiguous() for tensor in packed.tensors):
+        raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
     sides = ((packed.keys, packed.key_bits, True), (packed.values, packed.value_bits, False))
     if packed.format == "kivi":
         keys, values = (kivi_triton.unpack(part, packed.lengths, packed.head_dim, bits, k) for part, bits, k in sides)
@@ -79,30 +86,17 @@ def unpack_tokens_triton(packed: Packed) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def check_head_dim(head_dim: int) -> None:
-    """Raise ValueError unless the kernels take this head_dim."""
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16 up to 256, got {head_dim}")
+def _unpack(quantizer: Quantizer, part: dict[str, Tensor], lengths: Tensor, bits: int, head_dim: int) -> Tensor:
+    if bits == RAW_BITS:
+        return part["words"].float()
+    return quantizer.dequantize(bitpack.unpack(part["words"], bits, head_dim), part, lengths, bits)
 
 
-def _unpack_keys(packed: Packed) -> Tensor:
-    if packed.key_bits == RAW_BITS:
-        return packed.keys["words"].float()
-    codes = bitpack.unpack(packed.keys["words"], packed.key_bits, packed.head_dim)
-    if packed.format == "kivi":
-        return kivi.dequantize_keys(codes, packed.keys, packed.lengths)
-    return rotated.dequantize_keys(codes, packed.keys, packed.lengths, packed.key_bits)
-
-
-def _unpack_values(packed: Packed) -> Tensor:
-    if packed.value_bits == RAW_BITS:
-        return packed.values["words"].float()
-    codes = bitpack.unpack(packed.values["words"], packed.value_bits, packed.head_dim)
-    if packed.format == "kivi":
-        return kivi.dequantize_values(codes, packed.values)
-    return rotated.dequantize_values(codes, packed.values, packed.value_bits)
-
-
-def check(packed: Packed) -> None:
-    """Raise ValueError if the lengths do not add up to the tokens held. Reads the lengths, so a GPU has to catch up."""
-    ragged.check(packed.keys["words"], packed.lengths)
+def _check_side(side: str, part: dict[str, Tensor], quantizer: Quantizer, bits: int, head_dim: int) -> None:
+    expected = {name: rows.width for name, rows in layout(quantizer, bits, head_dim).items()}
+    found = {name: tensor.shape[1] if tensor.ndim == 2 else None for name, tensor in part.items()}
+    if expected != found or (part["words"].dtype == torch.int16) != (bits != RAW_BITS):
+        raise ValueError(
+            f"{side} of {bits} bits and head_dim {head_dim} need matrices with {expected} columns, "
+            f"got {found} and words of {part['words'].dtype if 'words' in part else None}"
+        )

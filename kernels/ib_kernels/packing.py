@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
-from ib_kernels import bitpack, kivi, ragged, rotated
-from ib_kernels.packed import FORMATS, Packed
+from ib_kernels import bitpack, ragged
+from ib_kernels.backends import Backend, check_kernel, default_backend
+from ib_kernels.formats import get_format
+from ib_kernels.packed import Packed
+from ib_kernels.quantizer import RAW_BITS, Quantizer, check_precision, saturating
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_CHANNELS = 256
+
+Parts = dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -22,28 +26,35 @@ def quantize_pack(
     key_bits: int,
     value_bits: int,
     centre: Tensor | None = None,
+    raw_dtype: torch.dtype = torch.float16,
+    backend: Backend | None = None,
 ) -> Packed:
     """Packed tokens of P runs. On a GPU one pass reads the kept tokens (two read the keys of a rotated format).
 
     Args:
-        fmt: "kivi" or "rotated".
+        fmt: a name in FORMATS.
         keys, values: [B, H_kv, T, D], fp16, bf16 or fp32, channels contiguous, other strides free.
         rows: int64 [N], what to keep, run after run: (b * H_kv + h) * T + t for token t of head h in sequence b. All rows of
             a run belong to one head.
         lengths: int32 [P], kept tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair of each run.
-        key_bits, value_bits: 2, 3, 4 or 8.
+        key_bits, value_bits: 2, 3, 4, 8, or 16 for raw storage.
         centre: fp16 [P, D], subtracted from rotated keys; by default the mean of each run.
+        raw_dtype: torch.float16 or torch.bfloat16, what 16 bits means. Larger values saturate.
+        backend: by default that of the device (see `backends`). Both give the same bits.
 
-    Returns the same bits as the formats of a compressed cache do in plain torch on a CPU.
-
-    Raises ValueError for an unknown format or precision, for shapes, dtypes or devices that do not fit and, on a GPU, for a
-    head_dim that is no multiple of 16 up to 256.
+    Raises ValueError for an unknown format or precision, for shapes, dtypes or devices that do not fit and, if the kernels
+    run, for a head_dim that is no multiple of 16 up to 256 and for 16 bits on one side only.
     """
-    _check(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre)
-    make = quantize_pack_triton if keys.is_cuda else quantize_pack_reference
-    key_parts, value_parts = make(fmt, keys, values, rows, lengths, key_bits, value_bits, centre)
-    return Packed(fmt, key_bits, value_bits, keys.shape[3], key_parts, value_parts, lengths, pairs)
+    check_precision(key_bits, raw_dtype)
+    check_precision(value_bits)
+    _check(fmt, keys, values, rows, lengths, pairs, centre)
+    backend = default_backend(keys.device) if backend is None else backend
+    if backend == "reference" or key_bits == value_bits == RAW_BITS:
+        parts = quantize_pack_reference(fmt, keys, values, rows, lengths, key_bits, value_bits, centre, raw_dtype)
+    else:
+        parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre)
+    return Packed(fmt, key_bits, value_bits, keys.shape[3], *parts, lengths, pairs)
 
 
 def quantize_pack_reference(
@@ -55,19 +66,14 @@ def quantize_pack_reference(
     key_bits: int,
     value_bits: int,
     centre: Tensor | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    raw_dtype: torch.dtype = torch.float16,
+) -> tuple[Parts, Parts]:
     """The parts of keys and of values (see `Packed`), in plain torch."""
-    kept_keys, kept_values = (x.reshape(-1, x.shape[3])[rows].float() for x in (keys, values))
-    if fmt == "kivi":
-        key_codes, key_parts = kivi.quantize_keys(kept_keys, lengths, key_bits)
-        value_codes, value_parts = kivi.quantize_values(kept_values, value_bits)
-    else:
-        centre = rotated.centre(kept_keys, lengths) if centre is None else centre
-        key_codes, key_parts = rotated.quantize_keys(kept_keys, lengths, key_bits, centre)
-        value_codes, value_parts = rotated.quantize_values(kept_values, value_bits)
+    fitted = None if centre is None else {"centre": centre}
+    sides = get_format(fmt)
     return (
-        {"words": bitpack.pack(key_codes, key_bits), **key_parts},
-        {"words": bitpack.pack(value_codes, value_bits), **value_parts},
+        _encode(sides.keys, _gather(keys, rows), lengths, key_bits, fitted, raw_dtype),
+        _encode(sides.values, _gather(values, rows), lengths, value_bits, None, raw_dtype),
     )
 
 
@@ -80,12 +86,11 @@ def quantize_pack_triton(
     key_bits: int,
     value_bits: int,
     centre: Tensor | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`quantize_pack_reference` by the kernels."""
+) -> tuple[Parts, Parts]:
+    """`quantize_pack_reference` by the kernels, for 2, 3, 4 or 8 bits."""
     from ib_kernels import kivi_triton, rotated_triton
 
-    if keys.shape[3] % 16 or keys.shape[3] > MOST_CHANNELS:
-        raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16 up to {MOST_CHANNELS}, got {keys.shape[3]}")
+    check_kernel(keys.shape[3], fmt, key_bits, value_bits)
     if fmt == "kivi":
         key_parts = kivi_triton.pack_keys(keys, rows, lengths, key_bits)
         return key_parts, kivi_triton.pack_values(values, rows, lengths, value_bits)
@@ -94,22 +99,26 @@ def quantize_pack_triton(
     return key_parts, rotated_triton.pack(values, rows, lengths, value_bits, None)
 
 
-def _check(
-    fmt: str,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    lengths: Tensor,
-    pairs: Tensor,
-    key_bits: int,
-    value_bits: int,
-    centre: Tensor | None,
-) -> None:
-    if fmt not in FORMATS:
-        raise ValueError(f"unknown format {fmt!r}: use one of {list(FORMATS)}")
-    for bits in (key_bits, value_bits):
-        if bits not in bitpack.PLANES:
-            raise ValueError(f"cannot quantize to {bits} bits: use one of {list(bitpack.PLANES)}")
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [N, D] of x [B, H_kv, T, D], whatever its strides, without a copy of the rest."""
+    heads, tokens = x.shape[1:3]
+    if x.is_contiguous():
+        return x.view(-1, x.shape[3])[rows]
+    pair = rows // max(1, tokens)
+    return x[pair // heads, pair % heads, rows - pair * tokens]
+
+
+def _encode(quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, fitted: Parts | None, raw_dtype: torch.dtype) -> Parts:
+    """Parts of rows x [N, D], runs of lengths [P]."""
+    if bits == RAW_BITS:
+        return {"words": saturating(x.float(), raw_dtype)}
+    x = x.float()
+    codes, metadata = quantizer.quantize(x, lengths, bits, quantizer.fit(x, lengths) if fitted is None else fitted)
+    return {"words": bitpack.pack(codes, bits), **metadata}
+
+
+def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, pairs: Tensor, centre: Tensor | None) -> None:
+    get_format(fmt)
     if keys.ndim != 4 or keys.shape != values.shape:
         raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} must both be [B, H_kv, T, D]")
     if keys.dtype not in DTYPES or values.dtype not in DTYPES:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from ib_kernels import ragged
 from ib_kernels.kivi import GROUP_TOKENS, group_counts
-from ib_kernels.packed import RAW_BITS, Packed
+from ib_kernels.packed import Packed
+from ib_kernels.quantizer import RAW_BITS
 from torch import Tensor
 
 ITEM_TOKENS = 128  # an item of fewer tokens would cost more to merge than to read
-ITEMS_PER_CORE = 12  # one-warp programs that a GPU core holds at the registers they use
+RAW_ITEMS_PER_CORE = 3  # of tokens at 16 bits, whose programs have four warps
 FIELDS = 5  # of an item: first row, tokens, first group of keys, run, slot
 
 
@@ -45,17 +46,17 @@ def plan(parts: Sequence[Packed], pairs: int, device: torch.device, items: int |
         parts: packed tokens of the same batch; a pair may appear in several, and several times in one.
         pairs: number of (sequence, KV head) pairs of the batch.
         device: where the parts are.
-        items: pieces to aim at; every part gets up to `items` plus the number of its runs.
+        items: pieces to aim at; every part gets up to `items` plus the number of its runs. By default what a GPU runs at once.
     """
-    items = _items_that_fill(device) if items is None else items
-    sizes = [_piece_tokens(part.lengths, items) for part in parts]
+    aims = [_items_that_fill(part) if items is None else items for part in parts]
+    sizes = [_piece_tokens(part.lengths, aim) for part, aim in zip(parts, aims)]
     counts = [-(-part.lengths.long() // size) for part, size in zip(parts, sizes)]
     none = torch.zeros(0, dtype=torch.int64, device=device)
     first_slots, slots = _slots(torch.cat([none, *(part.pairs.long() for part in parts)]), torch.cat([none, *counts]), pairs)
     runs = [part.lengths.shape[0] for part in parts]
     tables = tuple(
-        _items(part.lengths.long(), size, count, first, items + part.lengths.shape[0])
-        for part, size, count, first in zip(parts, sizes, counts, first_slots.split(runs))
+        _items(part.lengths.long(), size, count, first, aim + part.lengths.shape[0])
+        for part, size, count, first, aim in zip(parts, sizes, counts, first_slots.split(runs), aims)
     )
     nowhere = pairs + sum(table.shape[0] for table in tables)  # the slot of items without work
     rotated = torch.zeros(nowhere + 1, dtype=torch.uint8, device=device)
@@ -70,9 +71,16 @@ def is_rotated(part: Packed) -> bool:
     return part.format == "rotated" and part.key_bits != RAW_BITS
 
 
-def _items_that_fill(device: torch.device) -> int:
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return ITEMS_PER_CORE * cores
+def _items_that_fill(part: Packed) -> int:
+    """As many as the GPU runs at a time, which its registers limit."""
+    device = part.lengths.device
+    if device.type != "cuda":
+        return 4  # under the interpreter; any number would do
+    from ib_kernels.decoding_triton import capability, programs_per_core
+
+    raw = part.key_bits == RAW_BITS
+    per_core = RAW_ITEMS_PER_CORE if raw else programs_per_core(part, capability(part.lengths))
+    return per_core * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _piece_tokens(lengths: Tensor, items: int) -> Tensor:

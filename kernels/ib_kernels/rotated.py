@@ -11,7 +11,7 @@ import math
 
 import torch
 from ib_kernels import ragged
-from ib_kernels.kivi import FP16_MAX
+from ib_kernels.quantizer import FP16_MAX, Format, MetadataRows
 from torch import Tensor
 
 # Step, in standard deviations, of the mid-rise uniform quantizer with 2**bits levels that has the least mean squared
@@ -19,53 +19,65 @@ from torch import Tensor
 GAUSSIAN_STEP = {2: 0.995687, 3: 0.586019, 4: 0.335201, 8: 0.0307624}
 
 
-def centre(x: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of every run of rows x fp32 [N, D]: fp16 [P, D], 0 for an empty run."""
-    padded, _ = ragged.pad(x.clamp(-FP16_MAX, FP16_MAX), lengths)  # [P, T_max, D]
-    # The sum is in float64, so that its order, which depends on the batch, does not show in the fp16 centre.
-    total = padded.sum(1, dtype=torch.float64)
-    return (total / lengths.clamp(min=1)[:, None]).to(torch.float16)
+class RotatedValues:
+    """Scale [N, 1]: one a token. Rows are rotated as they are."""
+
+    def metadata(self, head_dim: int) -> dict[str, MetadataRows]:
+        return {"scale": MetadataRows(1)}
+
+    def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        codes, scale = _quantize_rotated(rotate(x.clamp(-FP16_MAX, FP16_MAX)), bits)
+        return codes, {"scale": scale}
+
+    def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
+        return rotate(_dequantize_rotated(codes, metadata["scale"], bits))
 
 
-def quantize_keys(x: Tensor, lengths: Tensor, bits: int, centres: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes uint8 [N, D] of rows x fp32 [N, D] around `centres` fp16 [P, D], and scale fp16 [N, 1]."""
-    centred = x.clamp(-FP16_MAX, FP16_MAX) - centres.float()[ragged.run_of_row(lengths)]
-    codes, scale = _quantize_rotated(rotate(centred), bits)
-    return codes, {"scale": scale, "centre": centres}
+class RotatedKeys:
+    """Scale [N, 1]: one a token; centre [P, D]: the mean of the first tokens that the run received."""
+
+    def metadata(self, head_dim: int) -> dict[str, MetadataRows]:
+        return {"scale": MetadataRows(1), "centre": MetadataRows(head_dim, tokens_per_row=0)}
+
+    def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        padded, _ = ragged.pad(x.clamp(-FP16_MAX, FP16_MAX), lengths)  # [P, T_max, D]
+        # The sum is in float64, so that its order, which depends on the batch, does not show in the fp16 centre.
+        total = padded.sum(1, dtype=torch.float64)
+        return {"centre": (total / lengths.clamp(min=1)[:, None]).to(torch.float16)}
+
+    def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths)]
+        codes, scale = _quantize_rotated(rotate(centred), bits)
+        return codes, {"scale": scale, "centre": fitted["centre"]}
+
+    def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
+        centred = rotate(_dequantize_rotated(codes, metadata["scale"], bits))
+        return centred + metadata["centre"].float()[ragged.run_of_row(lengths)]
 
 
-def dequantize_keys(codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
-    """Rows fp32 [N, D] of codes [N, D]."""
-    centred = rotate(_dequantize_rotated(codes, metadata["scale"], bits))
-    return centred + metadata["centre"].float()[ragged.run_of_row(lengths)]
-
-
-def quantize_values(x: Tensor, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes uint8 [N, D] of rows x fp32 [N, D], and scale fp16 [N, 1]."""
-    codes, scale = _quantize_rotated(rotate(x.clamp(-FP16_MAX, FP16_MAX)), bits)
-    return codes, {"scale": scale}
-
-
-def dequantize_values(codes: Tensor, metadata: dict[str, Tensor], bits: int) -> Tensor:
-    """Rows fp32 [N, D] of codes [N, D]."""
-    return rotate(_dequantize_rotated(codes, metadata["scale"], bits))
+ROTATED = Format("rotated", RotatedKeys(), RotatedValues())
 
 
 def rotate(x: Tensor) -> Tensor:
     """Multiply rows [N, D] by the orthonormal block-Hadamard matrix of the largest power of two that divides D.
 
-    The matrix is symmetric, so it is its own inverse. It is applied by butterflies because in a matrix
-    product the order of the additions, and with it the last bit of the result, depends on N.
+    The matrix is symmetric, so it is its own inverse. It is applied by butterflies because in a matrix product the order of
+    the additions, and with it the last bit of the result, depends on N; on columns, because these are long.
     """
     tokens, head_dim = x.shape
     block = head_dim & -head_dim
+    columns, spare = x.t().contiguous(), x.new_empty(head_dim, tokens)
     half = 1
     while half < block:
-        pairs = x.reshape(tokens, head_dim // (2 * half), 2, half)
-        left, right = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack((left + right, left - right), dim=2)
+        pairs, rotated = (x.view(head_dim // (2 * half), 2, half, tokens) for x in (columns, spare))
+        torch.add(pairs[:, 0], pairs[:, 1], out=rotated[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=rotated[:, 1])
+        columns, spare = spare, columns
         half *= 2
-    return x.reshape(tokens, head_dim) / math.sqrt(block)
+    return columns.div_(math.sqrt(block)).t().contiguous()
 
 
 def _quantize_rotated(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ CHUNK_BYTES = 2**26  # of the largest tensor that is held: logits of some tokens
 def value_aware_scores(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> Tensor:
     """How far a token moves the output of its head: mean over queries of p_i^2 |v_i - o|^2, with attention weights p.
 
-    That is the square of the change of the output o to first order in p_i. Tokens are read twice, a chunk at a time: once
-    for the outputs and the log-sum-exps of the queries, once for the scores. No tensor grows with queries times tokens.
+    That is the square of the change of the output o to first order in p_i. Tokens are read a chunk at a time: once for the
+    outputs and the log-sum-exps of the queries, once for the scores. No tensor grows with queries times tokens.
 
     Args:
         query: [B, H, W, D], rotated queries of the last W positions.
@@ -38,13 +38,16 @@ def value_aware_scores(query: Tensor, keys: Tensor, values: Tensor, valid: Tenso
         joint = torch.logaddexp(lse, torch.logsumexp(logits, -1))
         shift = joint.masked_fill(joint == -torch.inf, 0.0)
         output *= torch.exp(lse - shift)[..., None]
-        output += torch.exp(logits - shift[..., None]) @ values[:, :, part].float()
+        weights = logits.sub_(shift[..., None]).exp_()  # [B, H_kv, G * W, chunk]
+        output += weights @ values[:, :, part].float()
         lse = joint
     scores = torch.empty(batch, kv_heads, tokens, device=rows.device)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     output_norm = output.square().sum(-1, keepdim=True)
     for part in chunks:
-        squared = torch.exp(2 * (_logits(rows, keys, valid, part, window) - shift[..., None]))  # [B, H_kv, G * W, chunk]
+        if len(chunks) > 1:  # the weights of a single chunk are still there
+            weights = _logits(rows, keys, valid, part, window).sub_(shift[..., None]).exp_()
+        squared = weights.square_()
         some = values[:, :, part].float()
         cross = (squared.transpose(2, 3) @ output * some).sum(-1)
         of_values = squared.sum(2) * some.square().sum(-1)

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-
-from ib_analysis.formats.rotated import GAUSSIAN_STEP, ROTATED, rotate
+from ib_kernels.rotated import GAUSSIAN_STEP, ROTATED, rotate
 
 # Mean squared error of the optimal uniform quantizer of N(0, 1).
 GAUSSIAN_DISTORTION = {2: 0.11885, 3: 0.03744, 4: 0.01154, 8: 8.769e-5}

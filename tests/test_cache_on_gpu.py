@@ -1,0 +1,99 @@
+"""The compressed cache on a GPU: the kernels against plain torch on the same device, and in a CUDA graph."""
+
+import logging
+
+import pytest
+import torch
+from ib_kernels import Window, backends, packed_attention, plan, quantize_pack
+from ib_kernels.backends import VARIABLE
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import ib_analysis as ib
+from ib_analysis.attention import cache_argument, use_attention
+from ib_analysis.cache import CompressedCache
+from ib_analysis.formats.packed import PackedTokens
+from ib_analysis.plan import HeadPlan, Pinned, Tier
+from ib_analysis.scorers import SCORERS
+from ib_analysis.shape import cache_shape
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+HEADS = (HeadPlan("kivi", (Tier(0.3, 4, 4), Tier(0.6, 2, 2))), HeadPlan("rotated", (Tier(0.9, 3, 2),)))
+TEXT = "The farmer sold the red apple to the old sailor, and the sailor kept the apple in a box near the river. "
+
+
+def continuation(model, ids, tokens):
+    cache = CompressedCache(
+        cache_shape(model.config), (HEADS,) * len(model.model.layers), Pinned(4, 16, 16), SCORERS["value_aware"]
+    )
+    out = model.generate(
+        ids, **cache_argument(model, cache), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return out[0, ids.shape[1] :], cache.layers[0].backend
+
+
+def test_the_same_256_greedy_tokens_as_the_reference(monkeypatch):
+    model, tokenizer = ib.load()
+    model = model.to("cuda")
+    use_attention(model)
+    ids = tokenizer(TEXT * 12, return_tensors="pt")["input_ids"][:, :256].to("cuda")
+    found = []
+    for backend in backends.BACKENDS:
+        monkeypatch.setenv(VARIABLE, backend)
+        tokens, used = continuation(model, ids, 256)
+        assert used == backend
+        found.append(tokens)
+    assert torch.equal(*found)
+
+
+def test_a_head_dim_without_kernels_runs_in_plain_torch_and_says_so_once(caplog):
+    backends._log_once.cache_clear()
+    size = {"hidden_size": 80, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 40}
+    config = LlamaConfig(**size, num_key_value_heads=2, vocab_size=100, pad_token_id=0, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config).eval().to("cuda")
+    use_attention(model)
+    _, used = continuation(model, torch.randint(3, 99, (1, 80), device="cuda"), 4)
+    assert used == "reference"
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING and "40" in record.message]) == 1
+
+
+def test_a_captured_step_reads_what_its_tensors_hold_when_it_is_replayed():
+    keys, values = torch.randn(2, 1, 4, 300, 128, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.tensor([300, 0, 129, 31], dtype=torch.int32, device="cuda")
+    rows = torch.cat([torch.arange(n, device="cuda") + 300 * pair for pair, n in enumerate(lengths.tolist())])
+    pairs = torch.arange(4, dtype=torch.int32, device="cuda")
+    parts = [quantize_pack(fmt, keys, values, rows, lengths, pairs, 4, 2) for fmt in ("kivi", "rotated")]
+    window = Window(*torch.randn(2, 4, 40, 128, device="cuda", dtype=torch.bfloat16))
+    query = torch.randn(4, 4, 128, device="cuda", dtype=torch.bfloat16)
+    step = plan(parts, 4, query.device)
+
+    def attend():
+        return packed_attention(query, parts, window, 128**-0.5, step=step)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        attend()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    query.copy_(torch.randn_like(query))
+    graph.replay()
+    for found, expected in zip(captured, attend()):
+        assert torch.equal(found, expected)
+    plain = packed_attention(query, parts, window, 128**-0.5, backend="reference")
+    torch.testing.assert_close(captured[0], plain[0], atol=5e-3, rtol=5e-3)
+
+
+def test_appending_by_the_kernels_gives_the_bits_of_plain_torch():
+    keys, values = torch.randn(2, 140, 64, device="cuda")
+    lengths = torch.tensor([70, 20], device="cuda")
+    for fmt in ("kivi", "rotated"):
+        made = []
+        for device in ("cuda", "cpu"):
+            packed = PackedTokens.pack(fmt, keys[:90].to(device), values[:90].to(device), lengths.to(device), 3, 4)
+            packed.append(keys[90:].to(device), values[90:].to(device), torch.tensor([10, 40], device=device))
+            made.append(packed.to("cpu").tensors())
+        for name in made[0]:
+            assert torch.equal(made[0][name].view(torch.int16), made[1][name].view(torch.int16)), name
