@@ -76,7 +76,7 @@ def variant(
 ) -> dict[str, Any]:
     """Constants that select one compiled variant of `attend_kernel`."""
     small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
-    wide = small and rows > 8
+    wide = small and rows > 8 and head_dim & (head_dim - 1) == 0
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
@@ -97,13 +97,14 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
     odd = head_dim & (head_dim - 1) != 0
     if not selected["KIVI"]:
-        few = 8 not in bits and not odd and selected["M"] == 8
-        return {"num_warps": 1, "num_stages": 2, "maxnreg": (184 if capability >= 100 else 168) if few else 255}
+        few = selected["M"] == 8 and not odd and 8 not in bits and (3 not in bits or head_dim <= 128)
+        least = 184 if capability >= 100 or 3 in bits else 168
+        return {"num_warps": 1, "num_stages": 2, "maxnreg": least if few else 255}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
-        return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
+        return {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
-        return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": None if two else 255}
+        return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
     few = bits in ((4, 4), (4, 2)) and not (odd or selected["SPLIT"] or selected["SOFTCAP"])
     return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
 
@@ -112,7 +113,7 @@ def programs_per_core(packed: Packed, capability: int) -> int:
     """How many programs of a decode step's attention to a part a GPU core holds, by the registers that they may use."""
     precision = (packed.key_bits, packed.value_bits)
     launch = options(variant(packed.format, packed.head_dim, *precision, 1, torch.bfloat16, False), capability)
-    return REGISTERS // (32 * launch["num_warps"] * (launch["maxnreg"] or 255))
+    return REGISTERS // (32 * launch["num_warps"] * launch["maxnreg"])
 
 
 @triton.jit

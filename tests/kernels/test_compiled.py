@@ -17,7 +17,7 @@ CHOSEN = [
     "attend rotated k4 v4 d128 rows 8 float32",
     "attend rotated k2 v2 d128 rows 8 float32",
     "attend rotated k2 v3 d128 rows 8 float32",
-    "attend rotated k4 v2 d96 rows 16 float32",
+    "attend rotated k4 v2 d96 rows 8 float32",
     "attend kivi k4 v4 d128 rows 8 bfloat16",
     "attend kivi k2 v2 d128 rows 8 bfloat16",
     "attend kivi k4 v4 d64 rows 8 bfloat16 softcap",
