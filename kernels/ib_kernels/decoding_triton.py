@@ -106,7 +106,7 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
     few = bits in ((4, 4), (4, 2)) and not (odd or selected["SPLIT"] or selected["SOFTCAP"])
-    return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
+    return {"num_warps": 1, "num_stages": 3, "maxnreg": 184 if few else 255}
 
 
 def programs_per_core(packed: Packed, capability: int) -> int:
