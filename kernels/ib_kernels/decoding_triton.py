@@ -92,13 +92,13 @@ def variant(
 def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
 
-    A core holds 12 programs of a warp with 168 registers, 11 with 184 and 8 with 255.
+    A core holds 12 programs of a warp with 168 registers, 11 with 184, 10 with 200 and 8 with 255.
     """
     head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
     odd = head_dim & (head_dim - 1) != 0
     if not selected["KIVI"]:
         few = selected["M"] == 8 and not odd and 8 not in bits and (3 not in bits or head_dim <= 128)
-        least = 184 if capability >= 100 or 3 in bits else 168
+        least = 200 if 3 in bits else 184 if capability >= 100 else 168
         return {"num_warps": 1, "num_stages": 2, "maxnreg": least if few else 255}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
