@@ -124,13 +124,13 @@ def other_variants(head_dim: int) -> Iterator[Variant]:
         constants, options = merge_triton.variant(head_dim, bias, window, rotated)
         flags = " bias" * bias + " window" * window + " rotated" * rotated
         yield Variant(f"merge_kernel d{head_dim}{flags}", merge_triton.merge_kernel, constants, options, TYPES, 32 * head_dim)
-    for rows, softcap, (window, mask), dtype in product(
-        (4, 16), (False, True), ((False, False), (True, False), (True, True)), ("*bf16", "*fp16")
+    for softcap, (window, mask), dtype in product(
+        (False, True), ((False, False), (True, False), (True, True)), ("*bf16", "*fp16")
     ):
-        constants, options = raw_attention_triton.variant(head_dim, rows, softcap, window, mask)
+        constants, options = raw_attention_triton.variant(head_dim, softcap, window, mask)
         types = TYPES | {"keys": dtype, "values": dtype}
         flags = " softcap" * softcap + " window" * window + " mask" * mask
-        name = f"raw d{head_dim} rows {constants['M']} {dtype[1:]}{flags}"
+        name = f"raw d{head_dim} {dtype[1:]}{flags}"
         elements = 2 * constants["N"] * head_dim
         yield Variant(name, raw_attention_triton.raw_kernel, constants, options, types, elements, matrix=True)
 

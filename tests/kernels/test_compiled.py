@@ -22,7 +22,7 @@ CHOSEN = [
     "attend kivi k2 v2 d128 rows 8 bfloat16",
     "attend kivi k4 v4 d64 rows 8 bfloat16 softcap",
     "attend kivi k3 v3 d128 rows 8 float32",
-    "raw d128 rows 8 bf16 window mask",
+    "raw d128 bf16 window mask",
     "merge_kernel d128 window rotated",
     "rotate_query_kernel d128",
     "pack_keys_kernel kivi b4 d128 bf16",
