@@ -14,7 +14,7 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gpu compile bench-gpu lint clean
 
 setup: $(READY)
 
@@ -35,6 +35,19 @@ demo: setup
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of the kernels where there is a GPU: those of tests/kernels/interpreted run compiled there, and at more shapes.
+test-gpu: setup
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a CUDA GPU")'
+	$(BIN)/python -m pytest tests/kernels
+
+# Machine code of every variant of the kernels, for GPUs that are not here. Goes on where it stopped.
+compile: setup
+	$(BIN)/python kernels/benchmarks/compile.py --csv kernels/benchmarks/compiled.csv
+
+# Correctness first, then every time and its target. Goes on where it stopped; see kernels/benchmarks/README.md.
+bench-gpu: test-gpu
+	$(BIN)/python kernels/benchmarks/bench_gpu.py --csv kernels/benchmarks/gpu.csv --table kernels/benchmarks/gpu.md
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

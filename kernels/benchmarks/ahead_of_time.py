@@ -56,18 +56,19 @@ def compile_for(
 
     Args:
         kernel: a `triton.jit` function.
-        types: type of every argument that is no constant ("*fp16", "i32", ...). A pointer is taken to be a multiple of 16
+        types: type of every argument that is no constant ("*fp16", "i32", ...), and more. A pointer is a multiple of 16
             bytes; "i32:16" is an integer that is a multiple of 16, which the compiler is told at a launch too.
         constants: value of every constant.
         options: num_warps, num_stages, ...
         capability: 80, 90 or 100 for sm_80, sm_90 or sm_100.
     """
     position = {name: index for index, name in enumerate(kernel.arg_names)}
+    kinds = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     source = ASTSource(
         fn=kernel,
-        signature={name: "constexpr" if name in constants else types[name].split(":")[0] for name in kernel.arg_names},
+        signature={name: kind.split(":")[0] for name, kind in kinds.items()},
         constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in types.items() if "*" in kind or ":16" in kind},
+        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if "*" in kind or ":16" in kind},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +95,7 @@ def instructions(assembly: str) -> tuple[Counter[str], Counter[str]]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
             names.append(instruction[1])
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            if back and back[1] in labels and len(names) - labels[back[1]] > len(longest):
+            if back and back[1] in labels and len(names) - labels[back[1]] > max(1, len(longest)):  # 1: the trap at the end
                 longest = names[labels[back[1]] :]
     return Counter(names), Counter(longest)
 

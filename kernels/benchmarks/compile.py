@@ -3,7 +3,8 @@
     python kernels/benchmarks/compile.py [--capability 90] [--kernel attend] [--head-dim 128] [--bits 4] [--csv FILE]
 
 Exits with 1 if a variant spills, uses more than 255 registers, lacks the matrix instructions or asynchronous copies that it
-should have, or needs more instructions per element than its budget. Needs no GPU. All variants take about an hour on a core.
+should have, or needs more instructions per element than its budget. Needs no GPU. All variants take some hours on a core;
+with --csv each is written when it is done, and those that the file already has are not compiled again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ahead_of_time import MachineCode, compile_for
 from ib_kernels import decoding_triton, kivi_triton, merge_triton, raw_attention_triton, rotated_triton, rotation_triton
 
 CAPABILITIES = (80, 90, 100)
-HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS = (128, 64, 96, 256)
 BITS = (2, 3, 4, 8)
 MOST_REGISTERS = 255
 # Thread instructions per element of a cache of head_dim 128, for a GPU of 33.4e12 a second and 4.3e12 bytes a second.
@@ -53,7 +54,7 @@ class Variant:
     constants: dict[str, Any]
     options: dict[str, Any]
     types: dict[str, str]
-    elements: int  # of keys and values, in one pass of the loop
+    elements: int = 0  # of keys and values, in one pass of the loop; 0 if it has no loop over them
     matrix: bool = False
     copies: bool = False
     budget: float | None = None
@@ -67,9 +68,9 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
         if rows == 16 and constants["M"] == 8:
             continue
         plain = head_dim == 128 and rows == 4 and not softcap and (fmt == "rotated" or dtype == torch.bfloat16)
-        options = decoding_triton.options(fmt, head_dim, key_bits, value_bits, capability)
+        options = decoding_triton.options(constants, capability)
         yield Variant(
-            f"attend {fmt} k{key_bits} v{value_bits} d{head_dim} rows {constants['M']} {dtype}{' softcap' * softcap}",
+            f"attend {fmt} k{key_bits} v{value_bits} d{head_dim} rows {constants['M']} {str(dtype)[6:]}{' softcap' * softcap}",
             decoding_triton.attend_kernel,
             constants | {"ASM": True},
             options,
@@ -84,46 +85,67 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
 def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
     """The kernels that pack and unpack one side of a cache."""
     kivi, pair = kivi_triton.pack_constants(head_dim, bits), {"num_warps": kivi_triton.WARPS, "num_stages": 3}
-    for kernel in (kivi_triton.pack_keys_kernel, kivi_triton.pack_values_kernel):
-        yield Variant(f"{kernel.__name__} kivi b{bits} d{head_dim}", kernel, kivi, pair, TYPES, 32 * head_dim, matrix=True)
+    for kernel, x in product((kivi_triton.pack_keys_kernel, kivi_triton.pack_values_kernel), ("*bf16", "*fp32")):
+        name = f"{kernel.__name__} kivi b{bits} d{head_dim} {x[1:]}"
+        yield Variant(name, kernel, kivi, pair, TYPES | {"x": x}, 32 * head_dim, matrix=True)
     for keys in (True, False):
-        unpack = kivi_triton.unpack_constants(head_dim, bits, keys)
-        options = {"num_warps": 4, "num_stages": 3}
-        name = f"unpack kivi b{bits} d{head_dim} keys {keys}"
+        unpack, options = kivi_triton.unpack_variant(head_dim, bits, keys)
+        name = f"unpack_kernel kivi b{bits} d{head_dim} {'keys' if keys else 'values'}"
         yield Variant(name, kivi_triton.unpack_kernel, unpack, options, TYPES, 32 * head_dim)
-    for kernel, centred in product((rotated_triton.pack_kernel, rotated_triton.unpack_kernel), (True, False)):
+    for centred in (True, False):
+        side = "keys" if centred else "values"
         rotated = rotated_triton.pack_constants(head_dim, bits, centred)
-        name = f"{kernel.__name__} rotated b{bits} d{head_dim} centred {centred}"
-        yield Variant(name, kernel, rotated, {"num_warps": 1, "num_stages": 3}, TYPES, rotated["N"] * head_dim)
+        elements = rotated["N"] * head_dim
+        for x, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
+            name = f"pack_kernel rotated b{bits} d{head_dim} {side} {x[1:]}"
+            options = rotated_triton.options(head_dim, dtype)
+            yield Variant(name, rotated_triton.pack_kernel, rotated, options, TYPES | {"x": x}, elements)
+        name = f"unpack_kernel rotated b{bits} d{head_dim} {side}"
+        options = rotated_triton.options(head_dim, torch.bfloat16)
+        yield Variant(name, rotated_triton.unpack_kernel, rotated, options, TYPES, elements)
 
 
 def other_variants(head_dim: int) -> Iterator[Variant]:
     """Kernels that no precision enters."""
-    for kernel, constants, options in (
-        (rotation_triton.rotate_query_kernel, rotation_triton.constants(head_dim), rotation_triton.OPTIONS),
-        *((merge_triton.merge_kernel, *merge_triton.variant(head_dim, *some)) for some in product((False, True), repeat=3)),
-        (rotated_triton.sum_kernel, rotated_triton.sum_constants(head_dim), rotated_triton.SUM_OPTIONS),
+    rotation = rotation_triton.constants(head_dim)
+    types = TYPES | {"rotated": "*fp32"}
+    yield Variant(
+        f"rotate_query_kernel d{head_dim}", rotation_triton.rotate_query_kernel, rotation, rotation_triton.OPTIONS, types
+    )
+    yield Variant(
+        f"sum_kernel d{head_dim}",
+        rotated_triton.sum_kernel,
+        rotated_triton.sum_constants(head_dim),
+        rotated_triton.SUM_OPTIONS,
+        TYPES,
+        32 * head_dim,
+    )
+    for bias, window, rotated in product((False, True), repeat=3):
+        constants, options = merge_triton.variant(head_dim, bias, window, rotated)
+        flags = " bias" * bias + " window" * window + " rotated" * rotated
+        yield Variant(f"merge_kernel d{head_dim}{flags}", merge_triton.merge_kernel, constants, options, TYPES, 32 * head_dim)
+    for rows, softcap, (window, mask), dtype in product(
+        (4, 16), (False, True), ((False, False), (True, False), (True, True)), ("*bf16", "*fp16")
     ):
-        flags = " ".join(name for name in ("BIAS", "WINDOW", "ROTATED") if constants.get(name))
-        types = TYPES | {"rotated": "*fp32"} if kernel is rotation_triton.rotate_query_kernel else TYPES
-        yield Variant(f"{kernel.__name__} d{head_dim} {flags}", kernel, constants, options, types, head_dim)
-    for rows, window, dtype in product((4, 16), (False, True), ("*bf16", "*fp16")):
-        constants, options = raw_attention_triton.variant(head_dim, rows, False, window, window)
+        constants, options = raw_attention_triton.variant(head_dim, rows, softcap, window, mask)
         types = TYPES | {"keys": dtype, "values": dtype}
-        name = f"raw d{head_dim} rows {constants['M']} {dtype[1:]}{' window' * window}"
-        yield Variant(
-            name, raw_attention_triton.raw_kernel, constants, options, types, 2 * constants["N"] * head_dim, matrix=True
-        )
+        flags = " softcap" * softcap + " window" * window + " mask" * mask
+        name = f"raw d{head_dim} rows {constants['M']} {dtype[1:]}{flags}"
+        elements = 2 * constants["N"] * head_dim
+        yield Variant(name, raw_attention_triton.raw_kernel, constants, options, types, elements, matrix=True)
 
 
-def variants(capability: int, head_dims: tuple[int, ...], bits: tuple[int, ...]) -> Iterator[Variant]:
-    """Everything that a cache of these head dimensions and precisions can launch."""
-    for head_dim in head_dims:
-        for fmt, key_bits, value_bits in product(("rotated", "kivi"), bits, bits):
-            yield from attention_variants(capability, head_dim, fmt, key_bits, value_bits)
-        for some in bits:
-            yield from packing_variants(head_dim, some)
-        yield from other_variants(head_dim)
+def variants(capability: int, head_dim: int, bits: tuple[int, ...]) -> Iterator[Variant]:
+    """What a cache of this head dimension and these precisions launches.
+
+    Queries of fp16 stand for those of bf16 as well, and a count that is 1 or a length that is no multiple of 16, for which
+    Triton compiles again, for others: they change no loop.
+    """
+    for fmt, key_bits, value_bits in product(("rotated", "kivi"), bits, bits):
+        yield from attention_variants(capability, head_dim, fmt, key_bits, value_bits)
+    for some in bits:
+        yield from packing_variants(head_dim, some)
+    yield from other_variants(head_dim)
 
 
 def faults(variant: Variant, code: MachineCode) -> list[str]:
@@ -150,7 +172,7 @@ def row(variant: Variant, capability: int, code: MachineCode) -> dict[str, str]:
         "registers": str(code.registers),
         "stack": str(code.stack_bytes),
         "shared": str(code.shared_bytes),
-        "instructions/element": f"{code.instructions_per(variant.elements):.2f}",
+        "instructions/element": f"{code.instructions_per(variant.elements):.2f}" if variant.elements else "",
         "matrix": str(code.matrix_instructions),
         "copies": str(code.asynchronous_copies),
         "faults": "; ".join(faults(variant, code)),
@@ -165,23 +187,41 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--bits", type=int, choices=BITS, action="append")
     parser.add_argument("--csv", type=Path)
     chosen = parser.parse_args(arguments)
+    done = read(chosen.csv) if chosen.csv else []
+    known = {(line["target"], line["kernel"]) for line in done}
     rows = []
-    for capability in chosen.capability or CAPABILITIES:
-        for variant in variants(capability, tuple(chosen.head_dim or HEAD_DIMS), tuple(chosen.bits or BITS)):
-            if chosen.kernel in variant.name:
-                code = compile_for(variant.kernel, variant.types, variant.constants, variant.options, capability)
-                rows.append(row(variant, capability, code))
-                print(*rows[-1].values(), sep="  ", flush=True)
-    if chosen.csv and rows:
-        with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    faulty = [line for line in rows if line["faults"]]
-    print(f"{len(rows)} variants, {len(faulty)} with faults")
+    for head_dim in chosen.head_dim or HEAD_DIMS:
+        for capability in chosen.capability or CAPABILITIES:
+            for variant in variants(capability, head_dim, tuple(chosen.bits or BITS)):
+                if chosen.kernel in variant.name and (f"sm_{capability}", variant.name) not in known:
+                    code = compile_for(variant.kernel, variant.types, variant.constants, variant.options, capability)
+                    rows.append(row(variant, capability, code))
+                    print(*rows[-1].values(), sep="  ", flush=True)
+                    if chosen.csv:
+                        append(chosen.csv, rows[-1])
+    faulty = [line for line in done + rows if line["faults"]]
+    print(f"{len(rows)} variants compiled, {len(done)} were in the table, {len(faulty)} have faults")
     for line in faulty:
         print(line["target"], line["kernel"], line["faults"], sep="  ")
     return 1 if faulty else 0
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a table that may not be there yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, line: dict[str, str]) -> None:
+    """Add a line to a table, with the header if it is the first."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(line), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
 
 
 if __name__ == "__main__":

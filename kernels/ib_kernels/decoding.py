@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from ib_kernels.attention import partial_attention
 from ib_kernels.backends import Backend, check_kernel, default_backend
+from ib_kernels.kivi import group_counts
 from ib_kernels.packed import Packed, unpack_tokens_reference
 from ib_kernels.planning import Plan, is_rotated, plan
 from ib_kernels.quantizer import RAW_BITS
-from ib_kernels.ragged import pad
+from ib_kernels.ragged import check_pairs, pad
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,8 +45,6 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over packed tokens and a window, as if they were one sequence.
 
-    With a plan in `step` the kernels read nothing back from the GPU, so that a CUDA graph can capture them.
-
     Args:
         query: [pairs, R, D], fp16, bf16 or fp32; the rows of a pair are its G grouped heads times M positions, R = G * M.
             All rows see all packed tokens.
@@ -54,7 +53,9 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. Made here if None. For the kernels only.
+        step: `plan(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is made here
+            and the lengths are checked, for which the GPU has to catch up. With a step nothing is read back, and what is
+            allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
         backend: by default that of the device (see `backends`).
 
     Returns:
@@ -140,8 +141,10 @@ def packed_attention_triton(
 
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
-    step = plan(parts, pairs, query.device) if step is None else step
-    _check_plan(step, parts, query)
+    if step is None:
+        _check_lengths(parts, pairs)
+        step = plan(parts, pairs, query.device)
+    _check_step(step, parts, query)
     partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
     partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
     for part, items in zip(parts, step.items, strict=True):
@@ -210,11 +213,24 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the query, window, bias and parts")
 
 
-def _check_plan(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
+def _check_lengths(parts: Sequence[Packed], pairs: int) -> None:
+    for part in parts:
+        check_pairs(part.pairs, pairs)
+        tokens = part.keys["words"].shape[0]
+        needed = int(part.lengths.sum())
+        if needed > tokens or (part.lengths.numel() and int(part.lengths.min()) < 0):
+            raise ValueError(f"lengths must not be negative and need {needed} tokens, but the part holds {tokens}")
+        if part.format == "kivi" and part.key_bits != RAW_BITS:
+            groups, held = int(group_counts(part.lengths).sum()), part.keys["scale"].shape[0]
+            if groups > held:
+                raise ValueError(f"lengths need {groups} groups of keys, but there are scales of {held}")
+
+
+def _check_step(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
     if len(step.items) != len(parts) or step.slots.shape[0] != query.shape[0] + 1 or step.slots.device != query.device:
         raise ValueError(
-            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, but there "
-            f"are {len(parts)} parts and {query.shape[0]} pairs on {query.device}: call plan again when parts change"
+            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, not for "
+            f"{len(parts)} and {query.shape[0]} on {query.device}: plan again after parts or the batch change"
         )
 
 

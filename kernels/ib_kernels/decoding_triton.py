@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from ib_kernels.fields_triton import codes, constants, read_high, read_words
-from ib_kernels.logits_triton import kivi_logits, read_query, rotated_logits
+from ib_kernels.logits_triton import exponent, kivi_logits, read_query, rotated_logits
 from ib_kernels.packed import Packed
 from torch import Tensor
 
 LN2 = tl.constexpr(math.log(2))
+ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
 
@@ -40,8 +41,8 @@ def attend(
         out, lse: fp32 [slots, R, D] and [slots, R]; the output of a rotated format is still rotated.
     """
     rows = query.shape[1]
-    form = (packed.format, packed.head_dim, packed.key_bits, packed.value_bits)
-    selected = variant(*form, rows, query.dtype, softcap is not None)
+    precision = (packed.key_bits, packed.value_bits)
+    selected = variant(packed.format, packed.head_dim, *precision, rows, query.dtype, softcap is not None)
     minimum = "minimum" if packed.format == "kivi" else "scale"
     attend_kernel[(items.shape[0], triton.cdiv(rows, selected["M"]))](
         query,
@@ -56,8 +57,8 @@ def attend(
         1.0 if softcap is None else softcap,
         rows,
         **selected,
-        **options(*form, capability(query)),
-        ASM=os.environ.get("TRITON_INTERPRET") != "1",
+        **options(selected, capability(query)),
+        ASM=ASSEMBLY,
     )
 
 
@@ -73,8 +74,8 @@ def variant(
     fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool
 ) -> dict[str, Any]:
     """Constants that select one compiled variant of `attend_kernel`."""
-    small = fmt == "rotated" and head_dim <= 128
-    wide = small and rows > 8 and 3 not in (key_bits, value_bits)
+    small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
+    wide = small and rows > 8
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
@@ -87,17 +88,22 @@ def variant(
     }
 
 
-def options(fmt: str, head_dim: int, key_bits: int, value_bits: int, capability: int) -> dict[str, Any]:
+def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
 
     Without a limit the assembler aims for 168 registers, so that a core holds 12 warps, sometimes at the price of spilling.
     """
-    thirds, odd = 3 in (key_bits, value_bits), head_dim & (head_dim - 1) != 0
-    if fmt == "rotated":
-        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or thirds or odd else None}
-    if head_dim > 128 or (key_bits == 3 and odd):
+    head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
+    thirds, odd = 3 in bits, head_dim & (head_dim - 1) != 0
+    if not selected["KIVI"]:
+        return {"num_warps": 1, "num_stages": 2, "maxnreg": 255 if capability >= 100 or 8 in bits or odd else None}
+    if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": None}
-    return {"num_warps": 1, "num_stages": 1 if key_bits == 3 else 3, "maxnreg": 255 if thirds or odd else None}
+    if selected["KB"] == 3:
+        two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
+        return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": None if two else 255}
+    most = thirds or odd or selected["SOFTCAP"] or (head_dim < 128 and capability >= 100)
+    return {"num_warps": 1, "num_stages": 3, "maxnreg": 255 if most else None}
 
 
 @triton.jit
@@ -154,13 +160,14 @@ def attend_kernel(
     GROUPS: tl.constexpr = (D + 31) // 32 if KIVI else 1
     v_scale += first * GROUPS
     v_minimum += first * GROUPS
-    high, low = read_query(query, q_rows, live, D, KT, KC, KH, KF, SPLIT)
+    high, low, unit = read_query(query, q_rows, live, D, KT, KC, KH, KF, SPLIT, KIVI)
     if KIVI:
         start, shift = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     else:
         start = tl.load(shifts + q_rows * 2, mask=live, other=0.0)
         shift = tl.load(shifts + q_rows * 2 + 1, mask=live, other=0.0)
     scale = scaling if SOFTCAP else scaling * 1.4426950408889634
+    unit *= scale
     maximum = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([16, M], tl.float32)
     offsets = (tl.zeros([16, M], tl.float32),) * GROUPS
@@ -169,7 +176,7 @@ def attend_kernel(
         position = t + tl.arange(0, N)
         rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
         if KIVI:
-            s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, scale, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
+            s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
             s = rotated_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
@@ -297,12 +304,6 @@ def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KI
 def fold(x, N: tl.constexpr, M: tl.constexpr):
     """Sum of every 16th row of x [N, M]: [16, M]. They are in the same thread, so it costs no exchange."""
     return tl.sum(tl.reshape(x, [N // 16, 16, M]), 0)
-
-
-@triton.jit
-def exponent(x):
-    """log2 of positive x, rounded down."""
-    return ((x.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int, k
     groups = pieces(lengths, GROUP_TOKENS)
     if groups.shape[0]:
         tensors = (part["words"], part["scale"], part["minimum"], out)
-        unpack_kernel[(groups.shape[0],)](groups, *tensors, **unpack_constants(head_dim, bits, keys), num_warps=4)
+        selected, options = unpack_variant(head_dim, bits, keys)
+        unpack_kernel[(groups.shape[0],)](groups, *tensors, **selected, **options)
     return out
 
 
@@ -50,9 +51,10 @@ def pack_constants(head_dim: int, bits: int) -> dict[str, Any]:
     return constants(head_dim, bits) | {"DP": triton.next_power_of_2(head_dim), "GROUPS": 8}
 
 
-def unpack_constants(head_dim: int, bits: int, keys: bool) -> dict[str, Any]:
-    """The same for `unpack_kernel`."""
-    return {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BITS": bits, "KEYS": keys}
+def unpack_variant(head_dim: int, bits: int, keys: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """The same for `unpack_kernel`, and how to launch it: with fewer warps it spills registers."""
+    padded = triton.next_power_of_2(head_dim)
+    return {"D": head_dim, "DP": padded, "BITS": bits, "KEYS": keys}, {"num_warps": padded // 16, "num_stages": 3}
 
 
 def _pack(kernel: Any, x: Tensor, rows: Tensor, groups: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> dict[str, Tensor]:
@@ -192,6 +194,8 @@ def larger(a, b):
 def codes_of(x, minimum, scale, BITS: tl.constexpr, FUSED: tl.constexpr):
     """Codes fp32 of x. The quotient of an infinite x would be NaN, whose code is 0."""
     steps = divide(tl.minimum(x, 1e30) - minimum.to(tl.float32), scale.to(tl.float32), FUSED)
+    if not FUSED:  # the maximum of NaN and 0 is 0 on a GPU, NaN in the interpreter
+        steps = tl.where(steps == steps, steps, 0.0)
     steps = tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1.0)
     return (steps + 12582912.0) - 12582912.0  # rounds half to even, as torch does
 

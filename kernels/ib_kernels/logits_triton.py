@@ -21,21 +21,49 @@ def read_query(
     H: tl.constexpr,
     F: tl.constexpr,
     SPLIT: tl.constexpr,
+    KIVI: tl.constexpr,
 ):
-    """Query rows of every tile: fp16 [C, M] each, and what fp16 drops of them if SPLIT, else the same again."""
+    """Query rows of every tile: fp16 [C, M] each, and what fp16 drops of them if SPLIT, else the same again; and a unit.
+
+    The unit, a power of two, is what kivi query rows are divided by: they are below 32 then, and fp16 holds their products
+    with key scales up to 2047.
+    """
+    unit = 1.0
+    if KIVI:
+        largest = 2.0**-100
+        for h in tl.static_range(H):
+            x = h * C + tl.arange(0, C)
+            for i in tl.static_range(F):
+                q = read_tile(query, rows, live, i * T + x, x < T, D)
+                largest = tl.maximum(largest, tl.max(tl.max(tl.abs(q), 0), 0))
+        unit = tl.exp2(exponent(largest) - 4.0)
     high = ()
     low = ()
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
         for i in tl.static_range(F):
-            inside = (x < T)[:, None] & live[None, :]
-            q = tl.load(query + rows[None, :].to(tl.int64) * D + (i * T + x)[:, None], mask=inside, other=0.0).to(tl.float32)
+            q = read_tile(query, rows, live, i * T + x, x < T, D)
+            if KIVI:
+                q *= 1.0 / unit
             high = high + (q.to(tl.float16),)
             if SPLIT:
                 low = low + ((q - q.to(tl.float16).to(tl.float32)).to(tl.float16),)
             else:
                 low = low + (q.to(tl.float16),)
-    return high, low
+    return high, low, unit
+
+
+@triton.jit
+def read_tile(query, rows, live, channel, inside, D: tl.constexpr):
+    """Query rows of some channels, fp32 [C, M]."""
+    at = query + rows[None, :].to(tl.int64) * D + channel[:, None]
+    return tl.load(at, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def exponent(x):
+    """log2 of positive x, rounded down."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
 
 
 @triton.jit
@@ -58,7 +86,7 @@ def kivi_logits(
     SPLIT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """K q^T [32, M] of one group of tokens: codes times scaled query, plus minimum times query.
+    """K q^T [32, M] of one group of tokens, times scaling: codes times scaled query, plus minimum times query.
 
     The scaled query is the sum of two fp16 numbers: channels of large keys need more than its eleven bits.
     """

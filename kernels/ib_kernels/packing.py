@@ -135,3 +135,6 @@ def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor
     if any(tensor.device != keys.device for tensor in tensors):
         raise ValueError("keys, values, rows, lengths, pairs and centre must be on one device")
     ragged.check(rows, lengths)
+    tokens = keys.shape[:3].numel()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
+        raise ValueError(f"rows must lie in [0, {tokens}), the tokens of keys, got {int(rows.min())} to {int(rows.max())}")

@@ -1,4 +1,4 @@
-"""The rotated format on a GPU: quantize and pack, and unpack. A program of one warp takes up to 32 tokens of a run.
+"""The rotated format on a GPU: quantize and pack, and unpack. A program of one or two warps takes up to 32 tokens of a run.
 
 Every step of the arithmetic is the one of `rotated` in plain torch, in the same order, so the bits agree.
 A thread holds a whole token, as a tuple of tiles of C channels: most butterflies, and all packing, stay within its registers.
@@ -20,6 +20,7 @@ from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, e
 from ib_kernels.rotated import GAUSSIAN_STEP
 from torch import Tensor
 
+TOKENS = 32  # that a program packs
 CENTRE_TOKENS = 512  # tokens that a program sums
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
@@ -29,11 +30,11 @@ def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | N
     head_dim = x.shape[3]
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
-    selected = pack_constants(head_dim, bits, centre is not None)
-    tokens = pieces(lengths, selected["N"])
+    tokens = pieces(lengths, TOKENS)
     if tokens.shape[0]:
         tensors = (words, scale, scale if centre is None else centre)
-        pack_kernel[(tokens.shape[0],)](x, rows, tokens, *tensors, *source(x), **selected, num_warps=1)
+        selected, launch = pack_constants(head_dim, bits, centre is not None), options(head_dim, x.dtype)
+        pack_kernel[(tokens.shape[0],)](x, rows, tokens, *tensors, *source(x), **selected, **launch)
     return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
 
 
@@ -41,11 +42,11 @@ def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -
     """Rows fp32 [N, D] of a part of keys or of values."""
     out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
     centred = "centre" in part
-    selected = pack_constants(head_dim, bits, centred)
-    tokens = pieces(lengths, selected["N"])
+    tokens = pieces(lengths, TOKENS)
     if tokens.shape[0]:
         tensors = (part["words"], part["scale"], part["centre"] if centred else part["scale"], out)
-        unpack_kernel[(tokens.shape[0],)](tokens, *tensors, **selected, num_warps=1)
+        selected, launch = pack_constants(head_dim, bits, centred), options(head_dim, torch.float16)
+        unpack_kernel[(tokens.shape[0],)](tokens, *tensors, **selected, **launch)
     return out
 
 
@@ -67,12 +68,18 @@ def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
     stripe = head_dim // 16 if bits == 3 else head_dim * bits // 16
     return constants(head_dim, bits) | {
         "C": min(8, stripe & -stripe),  # divides every stripe
-        "N": 32 if head_dim <= 128 else 16,  # tokens; two threads share one that is too large for the registers
+        "N": TOKENS,
         "BLOCK": block,
         "ROOT": math.sqrt(block),
         "STEP": GAUSSIAN_STEP[bits],
         "CENTRED": centred,
     }
+
+
+def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
+    warps = 1 if head_dim <= 128 else 2  # two threads share a token that is too large for the registers of one
+    return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None}
 
 
 def sum_constants(head_dim: int) -> dict[str, int]:

@@ -1,45 +1,64 @@
-"""Memory around every tensor that a kernel reads or writes is poisoned: a stray access shows."""
+"""Where the kernels run, and poison around every tensor that they read or write: a stray access shows.
+
+Under Triton's interpreter tensors are on the CPU; without it, on a GPU, and there are more cases then.
+"""
+
+import os
+from dataclasses import replace
 
 import pytest
 import torch
-from ib_kernels import Packed, Window
+from ib_kernels import Packed, Window, plan
+from ib_kernels.decoding import packed_attention_triton
 
 GUARD = 64
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
 def poison(dtype):
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-def guarded(tensor):
-    """A contiguous copy of `tensor` between two stretches of poison."""
-    around = torch.full((tensor.numel() + 2 * GUARD,), poison(tensor.dtype), dtype=tensor.dtype)
+def guarded(tensor, device):
+    """A contiguous copy of `tensor` on the device, between two stretches of poison."""
+    around = torch.full((tensor.numel() + 2 * GUARD,), poison(tensor.dtype), dtype=tensor.dtype, device=device)
     inside = around[GUARD : GUARD + tensor.numel()]
     inside.copy_(tensor.reshape(-1))
     return inside.view(tensor.shape)
 
 
 @pytest.fixture
-def guard():
-    """Copies a packed part, a window or a tensor into poisoned surroundings."""
+def guard(device):
+    """Copies a packed part, a window or a tensor into poisoned surroundings on the device."""
 
     def copy(held):
         if isinstance(held, Packed):
-            parts = [{name: guarded(part) for name, part in side.items()} for side in (held.keys, held.values)]
-            return Packed(
-                held.format,
-                held.key_bits,
-                held.value_bits,
-                held.head_dim,
-                *parts,
-                guarded(held.lengths),
-                guarded(held.pairs),
-            )
+            keys, values = ({name: guarded(part, device) for name, part in side.items()} for side in (held.keys, held.values))
+            lengths, pairs = guarded(held.lengths, device), guarded(held.pairs, device)
+            return replace(held, keys=keys, values=values, lengths=lengths, pairs=pairs)
         if isinstance(held, Window):
-            return Window(guarded(held.keys), guarded(held.values), held.mask)
-        return guarded(held)
+            mask = None if held.mask is None else held.mask.to(device)
+            return Window(guarded(held.keys, device), guarded(held.values, device), mask)
+        return None if held is None else guarded(held, device)
 
     return copy
+
+
+@pytest.fixture
+def attend(guard, device):
+    """`packed_attention_triton` of guarded copies, in `items` work items if given; its results on the CPU."""
+
+    def run(query, parts, window, scaling, softcap=None, bias=None, items=None):
+        parts = [guard(part) for part in parts]
+        step = None if items is None else plan(parts, query.shape[0], device, items)
+        result = packed_attention_triton(guard(query), parts, guard(window), scaling, softcap, guard(bias), step)
+        return tuple(x.cpu() for x in result)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +69,7 @@ def poisoned_allocations(monkeypatch):
     def empty(*shape, dtype=torch.float32, device=None):
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         numel = torch.Size(shape).numel()
-        around = torch.full((numel + 2 * GUARD,), poison(dtype), dtype=dtype)
+        around = torch.full((numel + 2 * GUARD,), poison(dtype), dtype=dtype, device=device)
         allocated.append((around, numel))
         return around[GUARD : GUARD + numel].view(shape)
 

@@ -1,5 +1,8 @@
 """The kernels that quantize, pack and unpack: the same bits as the formats have in plain torch."""
 
+import os
+from itertools import product
+
 import pytest
 import torch
 from ib_kernels import quantize_pack, unpack_tokens
@@ -10,35 +13,55 @@ from ib_analysis.formats.packed import PackedTokens
 
 LENGTHS = [33, 0, 1, 70]
 CASES = [
-    # format, key bits, value bits, head_dim, dtype
-    ("kivi", 4, 4, 128, torch.bfloat16),
-    ("kivi", 2, 8, 96, torch.float16),
-    ("kivi", 3, 2, 64, torch.float32),
-    ("kivi", 8, 3, 80, torch.bfloat16),
-    ("kivi", 4, 2, 16, torch.float32),
-    ("rotated", 4, 4, 128, torch.bfloat16),
-    ("rotated", 2, 8, 96, torch.float16),
-    ("rotated", 3, 2, 64, torch.float32),
-    ("rotated", 8, 3, 80, torch.bfloat16),
-    ("rotated", 4, 2, 16, torch.float32),
+    # format, key bits, value bits, head_dim, dtype, lengths
+    ("kivi", 4, 4, 128, torch.bfloat16, LENGTHS),
+    ("kivi", 2, 8, 96, torch.float16, LENGTHS),
+    ("kivi", 3, 2, 64, torch.float32, [129, 1, 128, 127]),
+    ("kivi", 8, 3, 80, torch.bfloat16, LENGTHS),
+    ("kivi", 3, 4, 256, torch.bfloat16, [35, 0, 0, 1]),
+    ("kivi", 4, 2, 16, torch.float32, LENGTHS),
+    ("rotated", 4, 4, 128, torch.bfloat16, [33, 0, 1, 30]),
+    ("rotated", 2, 8, 96, torch.float16, LENGTHS),
+    ("rotated", 3, 2, 64, torch.float32, [33, 0, 1, 30]),
+    ("rotated", 8, 2, 64, torch.bfloat16, [129, 1, 128, 127]),
+    ("rotated", 8, 3, 48, torch.bfloat16, [33, 0, 1, 30]),
+    ("rotated", 4, 2, 16, torch.float32, LENGTHS),
 ]
+if os.environ.get("TRITON_INTERPRET") != "1":  # a GPU takes no time for all of them
+    dtypes = (torch.bfloat16, torch.float32)
+    CASES += [
+        (fmt, bits, bits, head_dim, dtype, [129, 1, 128, 127])
+        for fmt, bits, head_dim, dtype in product(("kivi", "rotated"), (2, 3, 4, 8), (64, 96, 128, 256), dtypes)
+    ]
 
 
-def random_cache(head_dim, dtype, seed=0):
-    """Keys, strided as a projection leaves them, and values [2, 2, 75, D]; and rows of four runs of two heads."""
+def random_cache(head_dim, dtype, lengths=LENGTHS, seed=0):
+    """Keys, strided as a projection leaves them, and values [2, 2, 130, D]; and rows of four runs of two heads."""
     generator = torch.Generator().manual_seed(seed)
-    keys = torch.randn(2, 75, 2, head_dim, generator=generator).transpose(1, 2)
+    keys = torch.randn(2, 130, 2, head_dim, generator=generator).transpose(1, 2)
     keys[..., 5] *= 200
-    values = torch.randn(2, 2, 75, head_dim, generator=generator)
+    values = torch.randn(2, 2, 130, head_dim, generator=generator)
     values[0, 0, 3] = 0
-    pairs = [0, 1, 2, 3]
-    kept = [torch.randperm(75, generator=generator)[:n].sort().values + 75 * pair for n, pair in zip(LENGTHS, pairs)]
-    return keys.to(dtype), values.to(dtype), torch.cat(kept), torch.tensor(pairs, dtype=torch.int32)
+    kept = [torch.randperm(130, generator=generator)[:n].sort().values + 130 * pair for pair, n in enumerate(lengths)]
+    return keys.to(dtype), values.to(dtype), torch.cat(kept), torch.arange(4, dtype=torch.int32)
 
 
-def packed_by_kernels(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre=None):
-    parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre)
-    return Packed(fmt, key_bits, value_bits, keys.shape[3], *parts, lengths, pairs)
+@pytest.fixture
+def packed_by_kernels(device):
+    """A packed part that the kernels made, on the CPU. Keys go in strided, and everything between poisoned surroundings."""
+
+    def make(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre=None):
+        inputs = (keys.to(device), values.to(device), rows.to(device), lengths.to(device), key_bits, value_bits)
+        sides = quantize_pack_triton(fmt, *inputs, None if centre is None else centre.to(device))
+        of_keys, of_values = ({name: part.cpu() for name, part in side.items()} for side in sides)
+        return Packed(fmt, key_bits, value_bits, keys.shape[3], of_keys, of_values, lengths, pairs)
+
+    return make
+
+
+@pytest.fixture
+def unpacked_by_kernels(guard):
+    return lambda packed: tuple(x.cpu() for x in unpack_tokens_triton(guard(packed)))
 
 
 def assert_same(kernels, plain):
@@ -49,10 +72,12 @@ def assert_same(kernels, plain):
             assert torch.equal(a[name].view(torch.int16), b[name].view(torch.int16)), name
 
 
-@pytest.mark.parametrize(("fmt", "key_bits", "value_bits", "head_dim", "dtype"), CASES)
-def test_bits_are_those_of_the_format(fmt, key_bits, value_bits, head_dim, dtype):
-    keys, values, rows, pairs = random_cache(head_dim, dtype)
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+@pytest.mark.parametrize(("fmt", "key_bits", "value_bits", "head_dim", "dtype", "lengths"), CASES)
+def test_bits_are_those_of_the_format(
+    packed_by_kernels, unpacked_by_kernels, fmt, key_bits, value_bits, head_dim, dtype, lengths
+):
+    keys, values, rows, pairs = random_cache(head_dim, dtype, lengths)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
     kernels = packed_by_kernels(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits)
     flat_keys, flat_values = (x.reshape(-1, head_dim)[rows] for x in (keys, values))
     tensors = PackedTokens.pack(fmt, flat_keys, flat_values, lengths, key_bits, value_bits).tensors()
@@ -60,16 +85,16 @@ def test_bits_are_those_of_the_format(fmt, key_bits, value_bits, head_dim, dtype
     for name, tensor in zip(names, [*kernels.keys.values(), *kernels.values.values()]):
         assert torch.equal(tensor, tensors[name]), name
     assert_same(kernels, quantize_pack(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits))
-    for unpacked, expected in zip(unpack_tokens_triton(kernels), unpack_tokens(kernels)):
+    for unpacked, expected in zip(unpacked_by_kernels(kernels), unpack_tokens(kernels)):
         assert torch.equal(unpacked, expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_round_trip_is_within_half_a_step(bits):
+def test_round_trip_is_within_half_a_step(packed_by_kernels, unpacked_by_kernels, bits):
     keys, values, rows, pairs = random_cache(32, torch.float32)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
     packed = packed_by_kernels("kivi", keys, values, rows, lengths, pairs, bits, bits)
-    restored_keys, restored_values = unpack_tokens_triton(packed)
+    restored_keys, restored_values = unpacked_by_kernels(packed)
     group = torch.cat([torch.arange(n) // 32 + first for n, first in zip(LENGTHS, [0, 2, 2, 3])])
     key_error = (restored_keys - keys.reshape(-1, 32)[rows]).abs() / packed.keys["scale"].float()[group]
     value_error = (restored_values - values.reshape(-1, 32)[rows]).abs() / packed.values["scale"].float()
@@ -78,7 +103,7 @@ def test_round_trip_is_within_half_a_step(bits):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is cast to a code before its scale makes it NaN again
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
-def test_saturation_and_nan_stay_where_they_are(fmt):
+def test_saturation_and_nan_stay_where_they_are(packed_by_kernels, fmt):
     keys, values, rows, pairs = random_cache(32, torch.float32)
     keys[0, 0, :, 1], values[0, 0, :, 1] = 1e9, torch.inf
     keys[1, 0, :, 2], values[1, 1, :, 3] = -torch.inf, -1e30
@@ -92,7 +117,7 @@ def test_saturation_and_nan_stay_where_they_are(fmt):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def test_a_given_centre_is_kept():
+def test_a_given_centre_is_kept(packed_by_kernels):
     keys, values, rows, pairs = random_cache(32, torch.bfloat16)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
     centre = torch.randn(4, 32).to(torch.float16)
@@ -101,9 +126,9 @@ def test_a_given_centre_is_kept():
 
 
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
-def test_nothing_to_pack(fmt):
+def test_nothing_to_pack(packed_by_kernels, unpacked_by_kernels, fmt):
     keys, values, _, pairs = random_cache(32, torch.bfloat16)
     lengths, rows = torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
     kernels = packed_by_kernels(fmt, keys, values, rows, lengths, pairs, 2, 3)
     assert_same(kernels, quantize_pack(fmt, keys, values, rows, lengths, pairs, 2, 3))
-    assert all(part.shape == (0, 32) for part in unpack_tokens_triton(kernels))
+    assert all(part.shape == (0, 32) for part in unpacked_by_kernels(kernels))

@@ -1,0 +1,72 @@
+"""Before anything is timed: the kernels give what the plain functions give, with and without inline assembly."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from attention_speed import attend
+from ib_kernels import Packed, Window, decoding, decoding_triton, quantize_pack, unpack_tokens
+from ib_kernels.packed import unpack_tokens_triton
+from ib_kernels.packing import quantize_pack_triton
+from timing import device
+from torch import Tensor
+
+RELATIVE_L2, LOG_SUM_EXP = 3e-3, 2e-4
+
+
+def differences(head_dim: int, lengths: list[int]) -> list[str]:
+    """What is wrong, for each format and precision that is timed; empty if nothing is."""
+    found = []
+    for fmt, bits, group in product(("rotated", "kivi"), (4, 2), (4, 1)):
+        name = f"{fmt} {bits} bits, {group} query heads: "
+        on_cpu, packed = packed_twice(fmt, bits, head_dim, lengths)
+        sides = ((on_cpu.keys, packed.keys), (on_cpu.values, packed.values))
+        if not all(same_bits(plain[part], kernels[part]) for plain, kernels in sides for part in plain):
+            found.append(name + "packed bits differ from those of the plain functions")
+        unpacked = zip(unpack_tokens(on_cpu), unpack_tokens_triton(packed))
+        if not all(same_bits(plain, kernels) for plain, kernels in unpacked):
+            found.append(name + "unpacked tokens differ from those of the plain functions")
+        found += [name + text for text in attention_differences(on_cpu, packed, group)]
+    return found
+
+
+def packed_twice(fmt: str, bits: int, head_dim: int, lengths: list[int]) -> tuple[Packed, Packed]:
+    """Random tokens with outliers, packed by the plain functions on the CPU and by the kernels."""
+    generator = torch.Generator().manual_seed(bits)
+    keys, values = torch.randn(2, 1, 1, sum(lengths), head_dim, generator=generator).to(torch.bfloat16)
+    keys[..., 5] *= 200
+    rows, counts = torch.arange(sum(lengths)), torch.tensor(lengths, dtype=torch.int32)
+    pairs = torch.arange(len(lengths), dtype=torch.int32)
+    on_cpu = quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits)
+    keys, values, rows, counts, pairs = (x.to(device()) for x in (keys, values, rows, counts, pairs))
+    of_keys, of_values = quantize_pack_triton(fmt, keys, values, rows, counts, bits, bits, None)
+    return on_cpu, Packed(fmt, bits, bits, head_dim, of_keys, of_values, counts, pairs)
+
+
+def attention_differences(on_cpu: Packed, packed: Packed, group: int) -> list[str]:
+    pairs, head_dim = on_cpu.pairs.shape[0], on_cpu.head_dim
+    generator = torch.Generator().manual_seed(group)
+    query = torch.randn(pairs, group, head_dim, generator=generator).to(torch.bfloat16)
+    window = Window(*torch.randn(2, pairs, 40, head_dim, generator=generator).to(torch.bfloat16))
+    moved = Window(window.keys.to(device()), window.values.to(device()))
+    out, lse = attend(query.to(device()), [packed], moved, head_dim**-0.5)
+    expected, expected_lse = decoding.packed_attention_reference(query, [on_cpu], window, head_dim**-0.5)
+    found = []
+    error = ((out.cpu() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not error <= RELATIVE_L2:
+        found.append(f"the output differs by {error:.1e} of its norm")
+    error = (lse.cpu() - expected_lse).abs().max().item()
+    if not error <= LOG_SUM_EXP:
+        found.append(f"the log-sum-exp differs by {error:.1e}")
+    if torch.cuda.is_available():
+        assembly, decoding_triton.ASSEMBLY = decoding_triton.ASSEMBLY, False
+        plain_out, plain_lse = attend(query.to(device()), [packed], moved, head_dim**-0.5)
+        decoding_triton.ASSEMBLY = assembly
+        if not (torch.equal(out, plain_out) and torch.equal(lse, plain_lse)):
+            found.append("inline assembly changes bits")
+    return found
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.cpu().view(torch.int16))

@@ -1,0 +1,82 @@
+"""What a cache launches most, and what is hardest to compile, for three generations of GPUs, none of which is needed.
+
+`make compile` compiles all variants; kernels/benchmarks/compiled.csv is what it found.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ahead_of_time import MachineCode, compile_for, instructions
+from compile import BITS, CAPABILITIES, faults, variants
+
+CHOSEN = [
+    "attend rotated k4 v4 d128 rows 8 float32",
+    "attend rotated k2 v2 d128 rows 8 float32",
+    "attend rotated k2 v3 d128 rows 8 float32",
+    "attend rotated k4 v2 d96 rows 16 float32",
+    "attend kivi k4 v4 d128 rows 8 bfloat16",
+    "attend kivi k2 v2 d128 rows 8 bfloat16",
+    "attend kivi k4 v4 d64 rows 8 bfloat16 softcap",
+    "attend kivi k3 v3 d128 rows 8 float32",
+    "raw d128 rows 8 bf16 window mask",
+    "merge_kernel d128 window rotated",
+    "rotate_query_kernel d128",
+    "pack_keys_kernel kivi b4 d128 bf16",
+    "pack_values_kernel kivi b2 d128 bf16",
+    "unpack_kernel kivi b4 d128 values",
+    "pack_kernel rotated b4 d128 keys bf16",
+]
+
+
+def find(name, capability):
+    head_dim = next(int(word[1:]) for word in name.split() if word[0] == "d" and word[1:].isdigit())
+    return next(variant for variant in variants(capability, head_dim, BITS) if variant.name == name)
+
+
+def compiled(variant, capability, **options):
+    return compile_for(variant.kernel, variant.types, variant.constants, variant.options | options, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_machine_code_has_no_faults(name, capability):
+    variant = find(name, capability)
+    assert faults(variant, compiled(variant, capability)) == []
+
+
+def test_a_variant_without_enough_registers_spills():
+    variant = find(CHOSEN[0], 90)
+    assert "spills" in faults(variant, compiled(variant, 90, maxnreg=64))[0]
+
+
+def test_every_kind_of_fault_is_found():
+    variant = replace(find(CHOSEN[0], 90), elements=64, budget=2.0)
+    good = MachineCode(255, 0, 0, 0, Counter(HMMA=1, LDGSTS=1), Counter(HMMA=4), warps=1)
+    assert faults(variant, good) == []
+    assert "registers" in faults(variant, replace(good, registers=256))[0]
+    assert "spills 24" in faults(variant, replace(good, stack_bytes=16, local_bytes=8))[0]
+    assert faults(variant, replace(good, program=Counter(LDGSTS=1))) == ["no matrix instructions"]
+    assert faults(variant, replace(good, program=Counter(HMMA=1))) == ["no asynchronous copies"]
+    assert "instructions per element" in faults(variant, replace(good, loop=Counter(HMMA=4, FADD=1)))[0]
+
+
+def test_instructions_of_the_longest_loop():
+    assembly = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+        /*0020*/              @!P0 HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1);
+"""
+    program, loop = instructions(assembly)
+    assert loop == Counter(LDGSTS=1, HMMA=1, BRA=1)
+    assert program == Counter(S2R=1, LDGSTS=1, HMMA=1, BRA=2, EXIT=1)
+    straight, none = instructions(assembly.split(".L_x_0:")[0])
+    assert straight == Counter(S2R=1) and not none
