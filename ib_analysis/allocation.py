@@ -48,15 +48,18 @@ class Allocation:
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
     price_sum_bits: float  # sum of the heads' prices: the measured losses of compressing each of them alone
-    predicted_loss_bits: float  # loss of compressing all of them, measured on the calibration prompts
+    predicted_loss_bits: float  # loss of compressing all of them, measured on all prompts that it was made with
     solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
     dual_bound: float  # no choice of measured options within the budget has a smaller sum of prices
-    validation: Measurement | None  # on prompts that were not used to choose
+    validation: Measurement | None  # on the prompts that decided, a third of all; after `validate` on those passed to it
     budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, sum of prices in bits)
 
     @property
     def model_error(self) -> float:
-        """Measured loss divided by predicted loss; NaN if nothing was measured or nothing is lost."""
+        """Measured loss divided by predicted loss; NaN if nothing was measured or nothing is lost.
+
+        An independent check only after `validate` on other prompts.
+        """
         if self.validation is None or self.predicted_loss_bits <= 0:
             return float("nan")
         return self.validation.loss_bits / self.predicted_loss_bits

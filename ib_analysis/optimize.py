@@ -17,7 +17,7 @@ from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
 from ib_analysis.episodes import Episode, make_episodes
 from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.knapsack import curve
-from ib_analysis.measurement import sample_plans
+from ib_analysis.measurement import best_plan, sample_plans
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.policies.optimal import optimal, refine
 from ib_analysis.policies.uniform import uniform_grid
@@ -161,8 +161,9 @@ def allocate(bench: Workbench, share: float) -> Allocation:
     candidates = [("optimal", plans)]
     if solution.loss > REFINED_FROM_BITS:
         candidates.append(("optimal, refined jointly", profile.plans(refine(profile, bench.calibration, limit, solution.choice))))
-    candidates += [("uniform", cell) for cell in uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)]
-    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates], show="deciding")
+    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)
+    candidates += [("uniform", cells[best_plan(bench.validation, cells, show="deciding")])] if cells else []
+    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates])
     best = int(sample.kl_bits.mean(0).argmin())
     source, chosen = candidates[best]
     path = curve(list(profile.loss_bits), list(profile.nbytes()))
@@ -178,7 +179,7 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         budget_share=share,
         source=source,
         price_sum_bits=solution.loss if best == 0 else price_sum_bits(bench, chosen),
-        predicted_loss_bits=float(bench.calibration.measure([chosen])[0].mean()),
+        predicted_loss_bits=float(np.concatenate([bench.calibration.measure([chosen])[0][:, 0], sample.kl_bits[:, best]]).mean()),
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
         validation=sample.measurement(best),

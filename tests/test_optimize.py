@@ -88,9 +88,12 @@ def test_predicted_loss_is_the_measured_one(bench, held_out):
     assert spearmanr(predicted, measured).statistic >= 0.9
 
 
-def test_model_error_of_the_chosen(allocations):
-    for allocation in allocations.values():
-        assert 0.5 <= allocation.model_error <= 2
+@pytest.mark.parametrize("share", SHARES)
+def test_predicted_loss_of_the_chosen_is_within_twice_the_measured_one(share, allocations, embedded):
+    model, tokenizer = embedded
+    checked = allocations[share].validate(model, mixture("tests fresh", 60, LENGTH), tokenizer=tokenizer)
+    assert checked.validation.prompts == 60
+    assert 0.5 <= checked.model_error <= 2
 
 
 def test_the_curve_falls(allocations):
