@@ -110,7 +110,7 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
     alive, done = np.arange(len(plans)), 0
     for stop in sorted({-(-len(replays) // part) for part in FIRST_PARTS}):
         losses[alive] += replays.measure([plans[i] for i in alive], show, done, stop)[0].sum(0)
-        leader = alive[losses[alive].argmin()]
+        leader = int(alive[losses[alive].argmin()])
         rest = replays.measure([plans[leader]], first=stop)[0].sum() if stop < len(replays) else 0.0
         alive, done = alive[losses[alive] <= losses[leader] + rest], stop
     return int(alive[losses[alive].argmin()])
