@@ -10,7 +10,9 @@ from pathlib import Path
 from ib_analysis.allocation import Allocation
 from ib_analysis.budget import parse_budget
 from ib_analysis.demo import run
-from ib_analysis.errors import CalibrationError, IBAnalysisError
+from ib_analysis.errors import CalibrationError, EstimatorError, IBAnalysisError
+from ib_analysis.estimators.comparison import compare, comparison_text
+from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
 from ib_analysis.models import load
 from ib_analysis.optimize import optimal_allocation
@@ -46,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--seed", type=int, default=0)
     allocate.set_defaults(run=_allocate)
 
+    estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
+    estimators.add_argument("--samples", type=int, default=10_000, help="drawn from each task (10000)")
+    estimators.add_argument("--seed", type=int, default=0)
+    estimators.add_argument("--csv", type=Path, help="write the whole table there")
+    estimators.set_defaults(run=_estimators)
+
     generate = commands.add_parser("generate", help="continue a text from a compressed cache")
     _add_model(generate)
     generate.add_argument("--allocation", type=Path, required=True, help="the allocation.json of `allocate`")
@@ -77,6 +85,17 @@ def _allocate(arguments: argparse.Namespace) -> None:
     allocation.plot(arguments.out / "allocation")
     print(allocation)
     print(f"written to {arguments.out}/")
+
+
+def _estimators(arguments: argparse.Namespace) -> None:
+    if arguments.samples < 2:
+        raise EstimatorError(
+            f"{arguments.samples} samples say nothing about information: pass --samples 2 or more, 1000 are useful"
+        )
+    table = compare(arguments.samples, seed=arguments.seed)
+    if arguments.csv is not None:
+        write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
+    print(comparison_text(table))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
