@@ -17,6 +17,7 @@ from ib_analysis.generation import generate_text
 from ib_analysis.models import load
 from ib_analysis.optimize import optimal_allocation
 from ib_analysis.scorers import SCORERS
+from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     allocate.set_defaults(run=_allocate)
 
     estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
+    estimators.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; by default all")
     estimators.add_argument("--samples", type=int, default=10_000, help="drawn from each task (10000)")
     estimators.add_argument("--seed", type=int, default=0)
     estimators.add_argument("--csv", type=Path, help="write the whole table there")
@@ -92,7 +94,11 @@ def _estimators(arguments: argparse.Namespace) -> None:
         raise EstimatorError(
             f"{arguments.samples} samples say nothing about information: pass --samples 2 or more, 1000 are useful"
         )
-    table = compare(arguments.samples, seed=arguments.seed)
+    unknown = sorted({*arguments.tasks} - {*KNOWN_TASKS})
+    if unknown:
+        raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, KNOWN_TASKS))}")
+    tasks = [KNOWN_TASKS[name] for name in arguments.tasks or KNOWN_TASKS]
+    table = compare(arguments.samples, tasks=tasks, seed=arguments.seed)
     if arguments.csv is not None:
         write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
     print(comparison_text(table))
