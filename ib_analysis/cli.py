@@ -16,6 +16,7 @@ from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
 from ib_analysis.models import load
 from ib_analysis.optimize import optimal_allocation
+from ib_analysis.plane import information_plane
 from ib_analysis.scorers import SCORERS
 from ib_analysis.tasks.known_information import KNOWN_TASKS
 
@@ -48,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
     allocate.add_argument("--seed", type=int, default=0)
     allocate.set_defaults(run=_allocate)
+
+    plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
+    _add_model(plane)
+    plane.add_argument("--out", type=Path, required=True, help="folder for both figures, their tables and the profile")
+    plane.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
+    plane.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    plane.add_argument("--seed", type=int, default=0)
+    plane.set_defaults(run=_plane)
 
     estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
     estimators.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; by default all")
@@ -86,6 +95,23 @@ def _allocate(arguments: argparse.Namespace) -> None:
     allocation.to_json(arguments.out / "allocation.json")
     allocation.plot(arguments.out / "allocation")
     print(allocation)
+    print(f"written to {arguments.out}/")
+
+
+def _plane(arguments: argparse.Namespace) -> None:
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments.model)
+    plane = information_plane(
+        model,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+        profile_path=arguments.out / "profile.safetensors",
+    )
+    plane.plot(arguments.out / "plane")
+    plane.plot_local(arguments.out / "local_plane")
+    print(plane)
     print(f"written to {arguments.out}/")
 
 

@@ -142,7 +142,8 @@ def _head_rows(
 def _part_row(
     allocation: Allocation, head: Head, part: Part, rates: CodeRates, estimates: Mapping[Piece, _Estimates]
 ) -> dict[str, Any]:
-    plan, dim = plan_of(allocation.plans, head), allocation.shape.layers[head[0]].head_dim
+    head_plan, dim = plan_of(allocation.plans, head), allocation.shape.layers[head[0]].head_dim
+    plan = head_plan or RAW
     total, kept = np.zeros(len(INFORMATION)), 0
     flags: set[str] = set()
     for t, (count, pieces) in enumerate(zip(plan.counts(rates.tokens), pieces_of(plan))):
@@ -150,7 +151,7 @@ def _part_row(
         if tokens:
             bits, raised = estimates[pieces[part]].of(head, side_bits(plan, t, part, rates.tokens, dim) / tokens)
             total, flags, kept = total + tokens * bits, flags | raised, kept + tokens
-    rate = rates.of(allocation.plans, head, part)
+    rate = rates.of(head_plan, head, part)
     return {
         "layer": head[0],
         "head": head[1],
@@ -168,8 +169,7 @@ def _usable(allocation: Allocation, replays: Replays) -> list[list[float]]:
     nothing = HeadPlan(RAW.format)
     tried: list[PlansToTry] = []
     for layer, head in shape.heads:
-        row = allocation.plans[layer]
-        for plan in (nothing, None if row is None else row[head]):
+        for plan in (nothing, plan_of(allocation.plans, (layer, head))):
             heads: list[HeadPlan | None] = [None] * shape.layers[layer].kv_heads
             heads[head] = plan
             tried.append([heads if i == layer else None for i in range(len(shape.layers))])

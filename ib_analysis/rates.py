@@ -50,17 +50,17 @@ def all_pieces(plans: Iterable[Plans], shape: CacheShape) -> dict[Piece, list[He
     """Every piece that some of these plans store, with the heads that do."""
     found: dict[Piece, dict[Head, None]] = {}
     for rows in plans:
-        for layer, head in shape.heads:
-            for tier in pieces_of(plan_of(rows, (layer, head))):
+        for head in shape.heads:
+            for tier in pieces_of(plan_of(rows, head) or RAW):
                 for piece in tier.values():
-                    found.setdefault(piece, {})[layer, head] = None
+                    found.setdefault(piece, {})[head] = None
     return {piece: sorted(heads) for piece, heads in found.items()}
 
 
-def plan_of(plans: Plans, head: Head) -> HeadPlan:
-    """The plan of one head, RAW in a layer that is left at full precision."""
+def plan_of(plans: Plans, head: Head) -> HeadPlan | None:
+    """The plan of one head; None in a layer that is left at full precision."""
     row = plans[head[0]]
-    return RAW if row is None else row[head[1]]
+    return None if row is None else row[head[1]]
 
 
 class CodeRates:
@@ -88,12 +88,15 @@ class CodeRates:
         total = Rate(0.0, 0.0, 0.0, 0.0)
         for head in self.shape.heads:
             for part in PARTS:
-                total += self.of(plans, head, part)
+                total += self.of(plan_of(plans, head), head, part)
         return total
 
-    def of(self, plans: Plans, head: Head, part: Part) -> Rate:
-        """Rate of one head's keys or values. What keys and values share, the mask and a length, is counted with the keys."""
-        plan, dim = plan_of(plans, head), self.shape.layers[head[0]].head_dim
+    def of(self, head_plan: HeadPlan | None, head: Head, part: Part) -> Rate:
+        """Rate of one head's keys or values under a plan, None for full precision.
+
+        What keys and values share, the mask and a length, is counted with the keys.
+        """
+        plan, dim = head_plan or RAW, self.shape.layers[head[0]].head_dim
         counts = plan.counts(self.tokens)
         entropy = tight = side = stored = 0.0
         for count, tier, pieces in zip(counts, plan.tiers, pieces_of(plan)):
@@ -104,7 +107,7 @@ class CodeRates:
             stored += float(bits.sum())
             side += float((bits - count * dim * pieces[part].bits).sum())
         mask = float(_mask_bits(self.tokens, counts).sum()) if part == "keys" else 0.0
-        if plans[head[0]] is None:
+        if head_plan is None:
             stored, side = float(self.lengths.sum() * 8 * ELEMENT_BYTES * dim), 0.0
         else:
             stored += float((self.lengths - self.tokens).sum() * 8 * ELEMENT_BYTES * dim)
