@@ -76,7 +76,7 @@ def optimal_allocation(
     shape = cache_shape(model.config)
     if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, shape, scorer)
-    episodes = _episodes(model, prompts, tokenizer, question_aware, seed)
+    episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     share = budget.as_share(shape.bytes_per_token, length)
     bench = prepare(model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path)
@@ -199,15 +199,17 @@ def price_sum_bits(bench: Workbench, plans: Plans) -> float:
     return float(kl_bits.mean(0).sum())
 
 
-def _episodes(
+def episodes_for(
     model: PreTrainedModel,
     prompts: Prompts | None,
     tokenizer: PreTrainedTokenizerBase | None,
     question_aware: bool,
     seed: int,
+    count: int,
 ) -> list[Episode]:
+    """Episodes of these prompts, by default of `count` of the package's own; and the tokenizer saved with the model."""
     if prompts is None:
-        prompts = mixture(f"calibration {seed}", PROMPTS * 3 // 2, PROMPT_LENGTH)
+        prompts = mixture(f"calibration {seed}", count, PROMPT_LENGTH)
     needs_tokenizer = any(not isinstance(prompt, Tensor) for prompt in prompts)
     if needs_tokenizer and tokenizer is None:
         tokenizer = _saved_tokenizer(model)
