@@ -178,7 +178,7 @@ def _to_measure(profile: Profile, limit_bytes: int) -> list[tuple[int, int]]:
     if not pairs or not profile.measured.any(1).all():
         return pairs
     try:
-        verified = profile.solve(limit_bytes, measured=True)
+        verified = profile.solve(limit_bytes, profile.measured_bits)
     except BudgetError:  # the measured options are too large
         return pairs
     return [] if verified.loss <= (1 + SETTLED) * solution.loss else pairs

@@ -15,6 +15,8 @@ from ib_analysis.estimators.comparison import compare, comparison_text
 from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
 from ib_analysis.models import load
+from ib_analysis.objective_costs import costs_text, objective_costs
+from ib_analysis.objectives import OBJECTIVES, USABLE
 from ib_analysis.optimize import optimal_allocation
 from ib_analysis.plane import information_plane
 from ib_analysis.scorers import SCORERS
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--out", type=Path, required=True, help="folder for allocation.json, its figure and the profile")
     allocate.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
     allocate.add_argument("--scorer", choices=SCORERS, default="value_aware")
+    allocate.add_argument("--objective", choices=(USABLE, *OBJECTIVES), default=USABLE, help="which information to retain")
     allocate.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
     allocate.add_argument("--seed", type=int, default=0)
     allocate.set_defaults(run=_allocate)
@@ -64,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     estimators.add_argument("--seed", type=int, default=0)
     estimators.add_argument("--csv", type=Path, help="write the whole table there")
     estimators.set_defaults(run=_estimators)
+
+    objectives = commands.add_parser("objectives", help="what each objective of the optimizer costs in measured KL")
+    _add_model(objectives)
+    objectives.add_argument("--out", type=Path, required=True, help="folder for objectives.csv, objectives.md and the profile")
+    objectives.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
+    objectives.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    objectives.add_argument("--seed", type=int, default=0)
+    objectives.set_defaults(run=_objectives)
 
     generate = commands.add_parser("generate", help="continue a text from a compressed cache")
     _add_model(generate)
@@ -88,6 +99,7 @@ def _allocate(arguments: argparse.Namespace) -> None:
         prompts=prompts,
         tokenizer=tokenizer,
         scorer=arguments.scorer,
+        objective=arguments.objective,
         question_aware=not arguments.question_agnostic,
         seed=arguments.seed,
         profile_path=arguments.out / "profile.safetensors",
@@ -112,6 +124,23 @@ def _plane(arguments: argparse.Namespace) -> None:
     plane.plot(arguments.out / "plane")
     plane.plot_local(arguments.out / "local_plane")
     print(plane)
+    print(f"written to {arguments.out}/")
+
+
+def _objectives(arguments: argparse.Namespace) -> None:
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments.model)
+    costs = objective_costs(
+        model,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+        profile_path=arguments.out / "profile.safetensors",
+    )
+    write_whole(arguments.out / "objectives.csv", lambda path: costs.to_csv(path, index=False))
+    write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n"))
+    print(costs_text(costs))
     print(f"written to {arguments.out}/")
 
 

@@ -109,7 +109,7 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
     losses = np.zeros(len(plans))
     alive, done = np.arange(len(plans)), 0
     for stop in sorted({-(-len(replays) // part) for part in FIRST_PARTS}):
-        losses[alive] += replays.measure([plans[i] for i in alive], show, done, stop)[0].sum(0)
+        losses[alive] += replays.measure([plans[i] for i in alive.tolist()], show, done, stop)[0].sum(0)
         leader = int(alive[losses[alive].argmin()])
         rest = replays.measure([plans[leader]], first=stop)[0].sum() if stop < len(replays) else 0.0
         alive, done = alive[losses[alive] <= losses[leader] + rest], stop

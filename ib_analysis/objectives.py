@@ -18,6 +18,7 @@ from ib_analysis.pieces import PARTS, Gathered, gather, pieces_of
 from ib_analysis.plan import HeadPlan
 from ib_analysis.rates import CodeRates, Head, context_lengths, side_bits
 
+USABLE = "usable"  # measured KL: `Profile`
 OBJECTIVES = ("code_rate", "tight_code_rate", "dithered", "gaussian")
 HELD_BYTES = 2**30  # of moments; heads are taken in turns beyond
 
