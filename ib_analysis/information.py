@@ -19,7 +19,7 @@ from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS, channel_
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, GAUSSIAN_MISFIT, TOO_FEW, too_few
 from ib_analysis.estimators.gaussian import information_bits, regular
 from ib_analysis.estimators.moments import Moments
-from ib_analysis.formats.codec import RAW_BITS
+from ib_analysis.formats import RAW_BITS
 from ib_analysis.measurement import bootstrap_interval
 from ib_analysis.pieces import PARTS, Gathered, Part, Piece, gather, pieces_of
 from ib_analysis.plan import HeadPlan

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ib_analysis.estimators.entropy import entropies_of_counts_bits
 from ib_analysis.estimators.gaussian import regular, total_correlation_of_covariance_bits
 from ib_analysis.estimators.moments import GROUPS, Moments
-from ib_analysis.formats.codec import RAW_BITS, get_format
+from ib_analysis.formats import RAW_BITS, get_format
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
 from ib_analysis.plan import HeadPlan, Tier
 from ib_analysis.replay import Replay

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from math import log
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from ib_analysis.formats import FORMATS
-from ib_analysis.formats.codec import RAW_BITS, codecs
-from ib_analysis.formats.packed import LENGTH_BYTES
+from ib_analysis.formats import FORMATS, RAW_BITS, get_format
+from ib_analysis.formats.packed import LENGTH_BYTES, side_nbytes
 from ib_analysis.pieces import PARTS, Gathered, Part, Piece, pieces_of
 from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
 from ib_analysis.replay import Replay
@@ -129,10 +127,9 @@ def context_lengths(replays: Iterable[Replay]) -> list[int]:
 
 def _stored_bits(fmt: str, tier: Tier, part: Part, count: NDArray[np.int64], dim: int) -> NDArray[np.int64]:
     """Bits of runs of `count` tokens; keys carry the length of the run."""
-    key_codec, value_codec = codecs(fmt, dim, tier.key_bits, tier.value_bits, torch.float16)
     if part == "keys":
-        return 8 * (key_codec.nbytes(count) + LENGTH_BYTES)
-    return 8 * value_codec.nbytes(count)
+        return 8 * (side_nbytes(get_format(fmt).keys, count, dim, tier.key_bits) + LENGTH_BYTES)
+    return 8 * side_nbytes(get_format(fmt).values, count, dim, tier.value_bits)
 
 
 def _mask_bits(tokens: NDArray[np.int64], counts: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
