@@ -47,24 +47,33 @@ class Allocation:
     context_length: int  # of the prompts that it was calibrated on
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
-    price_sum_bits: float  # sum of the heads' prices: the measured losses of compressing each of them alone
-    predicted_loss_bits: float  # loss of compressing all of them, measured on the calibration prompts
+    price_sum_bits: float  # sum of the heads' prices: by the "usable" objective the losses of compressing each of them alone
+    predicted_loss_bits: float  # loss of compressing all of them, measured on all prompts that it was made with
     solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
     dual_bound: float  # no choice of measured options within the budget has a smaller sum of prices
-    validation: Measurement | None  # on prompts that were not used to choose
+    validation: Measurement | None  # on the prompts that decided, a third of all; after `validate` on those passed to it
     budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, sum of prices in bits)
+    objective: str = "usable"  # what prices are losses of; other objectives count bits per context token, not predicted token
 
     @property
     def model_error(self) -> float:
-        """Measured loss divided by predicted loss; NaN if nothing was measured or nothing is lost."""
+        """Measured loss divided by predicted loss; NaN if nothing was measured or nothing is lost.
+
+        An independent check only after `validate` on other prompts.
+        """
         if self.validation is None or self.predicted_loss_bits <= 0:
             return float("nan")
         return self.validation.loss_bits / self.predicted_loss_bits
 
     @property
     def interaction(self) -> float:
-        """Predicted loss divided by the sum of prices: above 1 where heads stand in for each other; NaN if nothing is lost."""
-        return self.predicted_loss_bits / self.price_sum_bits if self.price_sum_bits > 0 else float("nan")
+        """Predicted loss divided by the sum of prices: above 1 where heads stand in for each other.
+
+        NaN if nothing is lost, or if prices are of another objective than the loss.
+        """
+        if self.objective != "usable" or self.price_sum_bits <= 0:
+            return float("nan")
+        return self.predicted_loss_bits / self.price_sum_bits
 
     @property
     def retained_bits(self) -> float:
@@ -180,8 +189,8 @@ class Allocation:
             f"(from {self.minimum_context} tokens on)",
             f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
             f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
-            f"predicted loss {self.predicted_loss_bits:.4g} bits per token; heads alone {self.price_sum_bits:.4g}, "
-            f"dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
+            f"predicted loss {self.predicted_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
+            f"{self.price_sum_bits:.4g}, dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
         ]
         if self.validation is not None:
             lines.append(f"measured: {self.validation}, model error {self.model_error:.2f}")

@@ -47,18 +47,26 @@ class Replays:
         return len(self.episodes)
 
     def __iter__(self) -> Iterator[Replay]:
-        for i, episode in enumerate(self.episodes):
-            replay = self._kept.get(i)
-            if replay is None:
-                replay = self._make(episode)
-                if self._kept_bytes + replay.nbytes <= KEPT_BYTES:
-                    self._kept[i] = replay
-                    self._kept_bytes += replay.nbytes
-            yield replay
+        return (self[i] for i in range(len(self)))
 
-    def measure(self, tried: Sequence[PlansToTry], show: str = "") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar."""
-        rows = [replay.measure(tried) for replay in tqdm(self, desc=show, disable=not show, leave=False)]
+    def __getitem__(self, number: int) -> Replay:
+        replay = self._kept.get(number)
+        if replay is None:
+            replay = self._make(self.episodes[number])
+            if self._kept_bytes + replay.nbytes <= KEPT_BYTES:
+                self._kept[number] = replay
+                self._kept_bytes += replay.nbytes
+        return replay
+
+    def measure(
+        self, tried: Sequence[PlansToTry], show: str = "", first: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar.
+
+        `first` and `stop` pick some of the episodes.
+        """
+        numbers = range(len(self))[first:stop]
+        rows = [self[i].measure(tried) for i in tqdm(numbers, desc=show, disable=not show, leave=False)]
         return (
             torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
             torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),
@@ -170,7 +178,7 @@ def _to_measure(profile: Profile, limit_bytes: int) -> list[tuple[int, int]]:
     if not pairs or not profile.measured.any(1).all():
         return pairs
     try:
-        verified = profile.solve(limit_bytes, measured=True)
+        verified = profile.solve(limit_bytes, profile.measured_bits)
     except BudgetError:  # the measured options are too large
         return pairs
     return [] if verified.loss <= (1 + SETTLED) * solution.loss else pairs

@@ -10,11 +10,17 @@ from pathlib import Path
 from ib_analysis.allocation import Allocation
 from ib_analysis.budget import parse_budget
 from ib_analysis.demo import run
-from ib_analysis.errors import CalibrationError, IBAnalysisError
+from ib_analysis.errors import CalibrationError, EstimatorError, IBAnalysisError
+from ib_analysis.estimators.comparison import compare, comparison_text
+from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
 from ib_analysis.models import load
+from ib_analysis.objective_costs import costs_text, objective_costs
+from ib_analysis.objectives import OBJECTIVES, USABLE
 from ib_analysis.optimize import optimal_allocation
+from ib_analysis.plane import information_plane
 from ib_analysis.scorers import SCORERS
+from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 
 def main() -> None:
@@ -42,9 +48,33 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--out", type=Path, required=True, help="folder for allocation.json, its figure and the profile")
     allocate.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
     allocate.add_argument("--scorer", choices=SCORERS, default="value_aware")
+    allocate.add_argument("--objective", choices=(USABLE, *OBJECTIVES), default=USABLE, help="which information to retain")
     allocate.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
     allocate.add_argument("--seed", type=int, default=0)
     allocate.set_defaults(run=_allocate)
+
+    plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
+    _add_model(plane)
+    plane.add_argument("--out", type=Path, required=True, help="folder for both figures, their tables and the profile")
+    plane.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
+    plane.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    plane.add_argument("--seed", type=int, default=0)
+    plane.set_defaults(run=_plane)
+
+    estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
+    estimators.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; by default all")
+    estimators.add_argument("--samples", type=int, default=10_000, help="drawn from each task (10000)")
+    estimators.add_argument("--seed", type=int, default=0)
+    estimators.add_argument("--csv", type=Path, help="write the whole table there")
+    estimators.set_defaults(run=_estimators)
+
+    objectives = commands.add_parser("objectives", help="what each objective of the optimizer costs in measured KL")
+    _add_model(objectives)
+    objectives.add_argument("--out", type=Path, required=True, help="folder for objectives.csv, objectives.md and the profile")
+    objectives.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
+    objectives.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    objectives.add_argument("--seed", type=int, default=0)
+    objectives.set_defaults(run=_objectives)
 
     generate = commands.add_parser("generate", help="continue a text from a compressed cache")
     _add_model(generate)
@@ -69,6 +99,7 @@ def _allocate(arguments: argparse.Namespace) -> None:
         prompts=prompts,
         tokenizer=tokenizer,
         scorer=arguments.scorer,
+        objective=arguments.objective,
         question_aware=not arguments.question_agnostic,
         seed=arguments.seed,
         profile_path=arguments.out / "profile.safetensors",
@@ -77,6 +108,55 @@ def _allocate(arguments: argparse.Namespace) -> None:
     allocation.plot(arguments.out / "allocation")
     print(allocation)
     print(f"written to {arguments.out}/")
+
+
+def _plane(arguments: argparse.Namespace) -> None:
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments.model)
+    plane = information_plane(
+        model,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+        profile_path=arguments.out / "profile.safetensors",
+    )
+    plane.plot(arguments.out / "plane")
+    plane.plot_local(arguments.out / "local_plane")
+    print(plane)
+    print(f"written to {arguments.out}/")
+
+
+def _objectives(arguments: argparse.Namespace) -> None:
+    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    model, tokenizer = load(arguments.model)
+    costs = objective_costs(
+        model,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+        profile_path=arguments.out / "profile.safetensors",
+    )
+    write_whole(arguments.out / "objectives.csv", lambda path: costs.to_csv(path, index=False))
+    write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n"))
+    print(costs_text(costs))
+    print(f"written to {arguments.out}/")
+
+
+def _estimators(arguments: argparse.Namespace) -> None:
+    if arguments.samples < 2:
+        raise EstimatorError(
+            f"{arguments.samples} samples say nothing about information: pass --samples 2 or more, 1000 are useful"
+        )
+    unknown = sorted({*arguments.tasks} - {*KNOWN_TASKS})
+    if unknown:
+        raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, KNOWN_TASKS))}")
+    tasks = [KNOWN_TASKS[name] for name in arguments.tasks or KNOWN_TASKS]
+    table = compare(arguments.samples, tasks=tasks, seed=arguments.seed)
+    if arguments.csv is not None:
+        write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
+    print(comparison_text(table))
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -29,5 +29,9 @@ class ModelNotFoundError(IBAnalysisError, OSError):
     """No model at the name or path given."""
 
 
+class UnknownNameError(IBAnalysisError, ValueError):
+    """A scorer or an objective that does not exist."""
+
+
 class EstimatorError(IBAnalysisError, ValueError):
     """Samples from which an estimator can say nothing: NaN, constant, too few, or of the wrong kind."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,14 +17,16 @@ from ib_analysis.allocation import Allocation, minimum_context
 from ib_analysis.budget import Budget
 from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
 from ib_analysis.episodes import Episode, make_episodes
-from ib_analysis.errors import BudgetError, CalibrationError
-from ib_analysis.knapsack import curve
-from ib_analysis.measurement import sample_plans
+from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
+from ib_analysis.knapsack import Solution, curve
+from ib_analysis.measurement import best_plan, sample_plans
+from ib_analysis.objectives import OBJECTIVES, USABLE, objective_tables
 from ib_analysis.plan import HeadPlan, Pinned, Plans
-from ib_analysis.policies.optimal import optimal, refine
+from ib_analysis.policies.optimal import refine
 from ib_analysis.policies.uniform import uniform_grid
 from ib_analysis.profile import Profile, model_fingerprint
 from ib_analysis.replay import PlansToTry
+from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, cache_shape
 from ib_analysis.tasks import Prompt
 from ib_analysis.tasks.mixture import mixture
@@ -46,6 +50,18 @@ class Workbench:
     validation: Replays
     path: Path | None
 
+    @cached_property
+    def tables(self) -> dict[str, NDArray[np.float64]]:
+        """What every option keeps by each objective but "usable", in bits per context token: [U, O] each."""
+        return objective_tables(self.calibration, self.profile.options, show="measuring information")
+
+    def losses(self, objective: str) -> NDArray[np.float64]:
+        """What every option of every head loses by an objective, in bits: [U, O]. Only the usable loss is measured lazily."""
+        if objective == USABLE:
+            return self.profile.loss_bits
+        kept = self.tables[objective]
+        return kept.max(1, keepdims=True) - kept
+
 
 def optimal_allocation(
     model: PreTrainedModel,
@@ -54,6 +70,7 @@ def optimal_allocation(
     prompts: Prompts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     scorer: str = "value_aware",
+    objective: str = USABLE,
     question_aware: bool = True,
     seed: int = 0,
     profile_path: str | Path | None = None,
@@ -67,20 +84,25 @@ def optimal_allocation(
             96 of the package's own.
         tokenizer: for prompts that are text; by default the one saved with the model.
         scorer: a name in SCORERS.
+        objective: which information the heads retain most of: "usable", about the next tokens, or what a name in
+            `ib_analysis.objectives.OBJECTIVES` says of the cache itself. These are cheap, but they do not know what the
+            model does with a cache: `ib-analysis objectives` shows what that costs. No uniform cell stands in for them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
         profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again.
 
-    Raises BudgetError, CalibrationError, UnsupportedModelError, ProfileMismatchError.
+    Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """
     budget = Budget.of(budget)
+    _check_name("scorer", scorer, SCORERS)
+    _check_name("objective", objective, (USABLE, *OBJECTIVES))
     shape = cache_shape(model.config)
     if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, shape, scorer)
-    episodes = _episodes(model, prompts, tokenizer, question_aware, seed)
+    episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     share = budget.as_share(shape.bytes_per_token, length)
     bench = prepare(model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path)
-    return allocate(bench, share)
+    return allocate(bench, share, objective)
 
 
 def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> Allocation:
@@ -148,24 +170,23 @@ def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
     return [allocate(bench, share) for share in shares]
 
 
-def allocate(bench: Workbench, share: float) -> Allocation:
+def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocation:
     """The best allocation within `share` of the full 16-bit cache. Raises BudgetError if nothing fits."""
     profile = bench.profile
     limit = _limit(profile.shape, profile.pinned, profile.context_length, share)
-    verify(profile, bench.calibration, [limit], bench.path)
-    plans, solution = optimal(profile, limit)
+    solution = _solve(bench, limit, objective)
+    plans = profile.plans(solution.choice)
     while minimum_context(profile.shape, plans, profile.pinned, share, profile.context_length) > profile.context_length:
         limit = int(limit * TIGHTEN)
-        verify(profile, bench.calibration, [limit], bench.path)
-        plans, solution = optimal(profile, limit)
-    candidates = [("optimal", plans)]
-    if solution.loss > REFINED_FROM_BITS:
-        candidates.append(("optimal, refined jointly", profile.plans(refine(profile, bench.calibration, limit, solution.choice))))
-    candidates += [("uniform", cell) for cell in uniform_grid(profile.shape, profile.pinned, profile.context_length, limit)]
-    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates], show="deciding")
+        solution = _solve(bench, limit, objective)
+        plans = profile.plans(solution.choice)
+    candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", plans)]
+    if objective == USABLE:
+        candidates += _alternatives(bench, limit, solution)
+    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates])
     best = int(sample.kl_bits.mean(0).argmin())
     source, chosen = candidates[best]
-    path = curve(list(profile.loss_bits), list(profile.nbytes()))
+    path = curve(list(bench.losses(objective)), list(profile.nbytes()))
     pinned_bytes = _pinned_bytes(profile.shape, profile.pinned, profile.context_length)
     full_bytes = profile.shape.bytes_per_token * profile.context_length
     return Allocation(
@@ -177,13 +198,34 @@ def allocate(bench: Workbench, share: float) -> Allocation:
         context_length=profile.context_length,
         budget_share=share,
         source=source,
+        objective=objective,
         price_sum_bits=solution.loss if best == 0 else price_sum_bits(bench, chosen),
-        predicted_loss_bits=float(bench.calibration.measure([chosen])[0].mean()),
+        predicted_loss_bits=float(np.concatenate([bench.calibration.measure([chosen])[0][:, 0], sample.kl_bits[:, best]]).mean()),
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
         validation=sample.measurement(best),
         budget_curve=tuple(((int(cost) + pinned_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
     )
+
+
+def _solve(bench: Workbench, limit_bytes: int, objective: str) -> Solution:
+    """The options of least loss by the objective, summed over heads."""
+    if objective != USABLE:
+        return bench.profile.solve(limit_bytes, bench.losses(objective))
+    verify(bench.profile, bench.calibration, [limit_bytes], bench.path)
+    return bench.profile.solve(limit_bytes, bench.profile.measured_bits)
+
+
+def _alternatives(bench: Workbench, limit_bytes: int, solution: Solution) -> list[tuple[str, Plans]]:
+    """What may be better than a solution: moves around it, where heads interact, and the best uniform cell."""
+    profile, found = bench.profile, []
+    if solution.loss > REFINED_FROM_BITS:
+        refined = refine(profile, bench.calibration, limit_bytes, solution.choice)
+        found.append(("optimal, refined jointly", profile.plans(refined)))
+    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, limit_bytes)
+    if cells:
+        found.append(("uniform", cells[best_plan(bench.validation, cells, show="deciding")]))
+    return found
 
 
 def price_sum_bits(bench: Workbench, plans: Plans) -> float:
@@ -198,19 +240,26 @@ def price_sum_bits(bench: Workbench, plans: Plans) -> float:
     return float(kl_bits.mean(0).sum())
 
 
-def _episodes(
+def episodes_for(
     model: PreTrainedModel,
     prompts: Prompts | None,
     tokenizer: PreTrainedTokenizerBase | None,
     question_aware: bool,
     seed: int,
+    count: int,
 ) -> list[Episode]:
+    """Episodes of these prompts, by default of `count` of the package's own; and the tokenizer saved with the model."""
     if prompts is None:
-        prompts = mixture(f"calibration {seed}", PROMPTS * 3 // 2, PROMPT_LENGTH)
+        prompts = mixture(f"calibration {seed}", count, PROMPT_LENGTH)
     needs_tokenizer = any(not isinstance(prompt, Tensor) for prompt in prompts)
     if needs_tokenizer and tokenizer is None:
         tokenizer = _saved_tokenizer(model)
     return make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
+
+
+def _check_name(what: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise UnknownNameError(f"there is no {what} {name!r}: use one of {', '.join(names)}")
 
 
 def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -54,14 +54,18 @@ class Profile:
         }
         return np.stack([rows[self.shape.layers[layer].head_dim] for layer, _ in self.shape.heads])
 
-    def solve(self, limit_bytes: int, *, measured: bool = False) -> Solution:
+    def solve(self, limit_bytes: int, losses: NDArray[np.float64] | None = None) -> Solution:
         """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included.
 
-        With `measured`, only of options that were measured.
+        `losses` [U, O], in any unit, stand in for the prices.
         """
         pinned_bytes = sum(self.pinned.nbytes(self.context_length, self.shape.layers[i]) for i in self.shape.compressible)
-        losses = np.where(self.measured, self.loss_bits, np.inf) if measured else self.loss_bits
-        return solve(list(losses), list(self.nbytes()), limit_bytes - pinned_bytes)
+        return solve(list(self.loss_bits if losses is None else losses), list(self.nbytes()), limit_bytes - pinned_bytes)
+
+    @property
+    def measured_bits(self) -> NDArray[np.float64]:
+        """Prices [U, O] of the options that were measured, infinite for the others."""
+        return np.where(self.measured, self.loss_bits, np.inf)
 
     def plans(self, choice: NDArray[np.int64]) -> Plans:
         """The plans in which head u has option choice[u]."""

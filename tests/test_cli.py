@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from itertools import product
 
+import pandas as pd
 import pytest
 
+from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.optimize import allocate
+from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 
 def run(*arguments, text=None):
@@ -40,9 +44,21 @@ def test_allocate_writes_its_files(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
+def test_estimators_prints_every_estimator(tmp_path):
+    tasks = list(KNOWN_TASKS)[:2]
+    done = run("estimators", *tasks, "--samples", 100, "--csv", tmp_path / "table.csv")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
+    assert list(zip(table.task, table.estimator)) == list(product(tasks, ESTIMATORS))
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line[:1].strip()] == tasks
+    assert sum(line.startswith("  gaussian ") for line in done.stdout.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["estimators", "--samples", "1"], "samples"),
+        (["estimators", "no such task"], "1v1 normal 0.75"),
         (["allocate", "--budget", "12", "--out", "OUT"], "Budget"),
         (["allocate", "--budget", "1/4000", "--out", "OUT"], "at least"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ib_analysis.measurement import Measurement, Sample, bootstrap_interval
+from ib_analysis.measurement import Measurement, Sample, best_plan, bootstrap_interval
+from ib_analysis.policies import POLICIES
 
 
 def sample(kl_bits):
@@ -32,6 +33,16 @@ def test_ratio_is_paired():
     noise = np.random.default_rng(2).exponential(size=(50, 1))
     ratio, low, high = sample(np.hstack([noise, 2 * noise])).ratio_interval(0, 1)
     assert (ratio, low, high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("share", [1 / 4, 1 / 8])
+def test_best_plan_is_that_of_measuring_all(bench, share):
+    profile = bench.profile
+    limit = int(share * profile.shape.bytes_per_token * profile.context_length)
+    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, limit)
+    means = bench.validation.measure(cells)[0].mean(0)
+    assert means[best_plan(bench.validation, cells)] == pytest.approx(means.min(), rel=1e-9)
+    assert best_plan(bench.validation, cells[:1]) == 0
 
 
 def test_json_round_trip():

@@ -12,8 +12,9 @@ from ib_analysis import Budget
 from ib_analysis.attention import cache_argument
 from ib_analysis.calibration import Replays, calibrate, verify
 from ib_analysis.episodes import make_episodes
-from ib_analysis.errors import BudgetError, CalibrationError
+from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
 from ib_analysis.measurement import sample_plans
+from ib_analysis.objectives import OBJECTIVES
 from ib_analysis.optimize import allocate, optimal_allocation
 from ib_analysis.plan import plans_nbytes
 from ib_analysis.policies import POLICIES
@@ -88,9 +89,34 @@ def test_predicted_loss_is_the_measured_one(bench, held_out):
     assert spearmanr(predicted, measured).statistic >= 0.9
 
 
-def test_model_error_of_the_chosen(allocations):
-    for allocation in allocations.values():
-        assert 0.5 <= allocation.model_error <= 2
+@pytest.mark.parametrize("share", SHARES)
+def test_predicted_loss_of_the_chosen_is_within_twice_the_measured_one(share, allocations, embedded):
+    model, tokenizer = embedded
+    checked = allocations[share].validate(model, mixture("tests fresh", 60, LENGTH), tokenizer=tokenizer)
+    assert checked.validation.prompts == 60
+    assert 0.5 <= checked.model_error <= 2
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_other_objectives_keep_most_of_what_they_ask_for(bench, allocations, objective):
+    """Within the budget, the plans keep more of the objective than those that lose least KL, which lose less KL."""
+    share, profile = 1 / 8, bench.profile
+    found = allocate(bench, share, objective)
+    assert found.objective == objective and found.source == f"optimal by {objective}"
+    assert found.nbytes(profile.context_length) <= share * profile.shape.bytes_per_token * profile.context_length
+    assert found.solver_gap <= 1e-3 and np.isnan(found.interaction)
+    losses = bench.losses(objective)
+    usable = profile.solve(allocations[share].nbytes(profile.context_length), profile.measured_bits)
+    heads = np.arange(len(losses))
+    assert found.price_sum_bits <= losses[heads, usable.choice].sum() + 1e-9
+    held_losses = sample_plans(bench.validation, [found.plans, allocations[share].plans]).kl_bits.mean(0)
+    assert held_losses[0] > held_losses[1]
+
+
+@pytest.mark.parametrize("wrong", [{"objective": "entropy"}, {"scorer": "h3o"}])
+def test_unknown_names(embedded, wrong):
+    with pytest.raises(UnknownNameError, match="use one of"):
+        optimal_allocation(embedded[0], 1 / 4, **wrong)
 
 
 def test_the_curve_falls(allocations):

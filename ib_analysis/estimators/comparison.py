@@ -30,6 +30,26 @@ def compare(
     return pd.DataFrame([_row(task, method, samples, seed) for task, method in tqdm(pairs, "estimators")])
 
 
+def comparison_text(table: pd.DataFrame) -> str:
+    """The table of `compare` for a terminal: a block for each task, one line for each estimator. All numbers are in bits."""
+    lines = []
+    for (task, truth), rows in table.groupby(["task", "truth_bits"], sort=False):
+        lines += ["", f"{task}: {truth:.3f} bits"]
+        lines.append(f"  {'estimator':<17}{'estimate':>9}{'error':>9}   {'95% interval':<18}{'covers':<8}{'seconds':>7}  flags")
+        lines += [_line(row) for _, row in rows.iterrows()]
+    return "\n".join(lines[1:])
+
+
+def _line(row: pd.Series[Any]) -> str:
+    if row["refused"]:
+        return f"  {row['estimator']:<17}refused: {row['refused']}"
+    interval = f"[{row['low_bits']:.3f}, {row['high_bits']:.3f}]"
+    return (
+        f"  {row['estimator']:<17}{row['bits']:9.3f}{row['error_bits']:+9.3f}   {interval:<18}"
+        f"{'yes' if row['covers'] else 'no':<8}{row['seconds']:7.2f}  {row['flags']}"
+    )
+
+
 def _row(task: KnownTask, method: Estimator, samples: int, seed: int) -> dict[str, Any]:
     x, y = task.sample(samples, np.random.default_rng(seed))
     row: dict[str, Any] = {"task": task.name, "estimator": method.name, "truth_bits": task.information_bits}

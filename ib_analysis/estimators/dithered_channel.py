@@ -39,17 +39,36 @@ class DitheredChannel:
         centred = samples.x - samples.x.mean(-2, keepdim=True)
         scaled, noise = _in_units_of_noise(centred, samples.y - samples.y.mean(-2, keepdim=True))
         covariance = scaled.mT @ scaled / samples.count  # [..., d, d]
-        factor = torch.linalg.cholesky(covariance + torch.eye(samples.dim_x, dtype=scaled.dtype, device=scaled.device))
-        share = torch.cholesky_solve(covariance, factor)  # M = Sigma / (1 + Sigma), of each direction's variance
-        traces = _trace(share).square() + _trace(share @ share)
-        # Second order of the logarithm in the sampling error of the covariance, as Wishart matrices have it.
-        bits = (factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + traces / (4 * (samples.count - 1))) / log(2)
+        bits, factor, share = _gaussian_bits(covariance, samples.count)
         received = torch.linalg.solve_triangular(factor, scaled.mT, upper=False).square().sum(-2)  # [..., N]
         power = covariance.diagonal(dim1=-2, dim2=-1)[..., None, :]  # of each channel, noise being 1
         of_noise = noise.square() - 2 * noise * scaled / power  # influence on the log of the noise power [..., N, d]
         lost = (share.diagonal(dim1=-2, dim2=-1)[..., None, :] * of_noise).sum(-1)
         low, high = bootstrap_interval(bits, (received - lost) / (2 * log(2)), samples.documents)
         return limited(samples, bits, low, high + samples.dim_x * SPACE_FILLING_BITS, {GAUSSIAN_MISFIT: _misfit(centred)})
+
+
+def channel_bits(covariance: Tensor, count: int) -> Tensor:
+    """The `bits` of DitheredChannel [...] from covariances [..., 2 d, 2 d] of (x, y) in `count` samples.
+
+    A channel in which x or y is constant carries nothing; a copy up to rounding counts as 20 bits.
+    """
+    dim = covariance.shape[-1] // 2
+    source, received = covariance[..., :dim, :dim], covariance[..., dim:, dim:]
+    power_x, power_y = source.diagonal(dim1=-2, dim2=-1), received.diagonal(dim1=-2, dim2=-1)
+    gain = (covariance[..., :dim, dim:].diagonal(dim1=-2, dim2=-1) / power_x).nan_to_num(0, 0, 0)
+    noise = (power_y - gain.square() * power_x).maximum(LEAST_NOISE * power_y)
+    scale = (gain / noise.sqrt()).nan_to_num(0, 0, 0)
+    return _gaussian_bits(source * scale[..., None] * scale[..., None, :], count)[0]
+
+
+def _gaussian_bits(covariance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """1/2 log2 |1 + Sigma|, unbiased; the Cholesky factor of 1 + Sigma; Sigma / (1 + Sigma), of each direction's variance."""
+    factor = torch.linalg.cholesky(covariance + torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device))
+    share = torch.cholesky_solve(covariance, factor)
+    traces = _trace(share).square() + _trace(share @ share)
+    # Second order of the logarithm in the sampling error of the covariance, as Wishart matrices have it.
+    return (factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + traces / (4 * (count - 1))) / log(2), factor, share
 
 
 def _in_units_of_noise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,19 @@ def column_entropies_bits(values: Tensor) -> Tensor:
     return entropy.minimum(levels.log2().where(integers, torch.inf)).clamp(min=0)  # rounding
 
 
+def entropies_of_counts_bits(counts: Tensor) -> Tensor:
+    """As `column_entropies_bits`, from how often each of L integer codes occurs: float64 [...] of counts [..., L]."""
+    samples = counts.sum(-1, keepdim=True).clamp(min=1).double()
+    share = counts / samples
+    entropy = -torch.xlogy(share, share).sum(-1) / log(2)
+    used = counts > 0
+    entropy = entropy + (used.sum(-1) - 1) / (2 * samples[..., 0] * log(2))
+    levels = torch.arange(1, counts.shape[-1] + 1, device=counts.device)
+    highest = (used * levels).amax(-1)
+    lowest = torch.where(used, levels, counts.shape[-1]).amin(-1)
+    return entropy.minimum((highest - lowest + 1).clamp(min=1).double().log2()).clamp(min=0)
+
+
 def entropy_limit_bits(values: Tensor) -> Tensor:
     """Upper bound in bits [...] on the entropy of values [..., N, d]: the sum over columns; infinite where one is continuous."""
     limit = torch.full(values.shape[:-2], torch.inf, dtype=torch.float64, device=values.device)

@@ -17,6 +17,7 @@ from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Esti
 from ib_analysis.estimators.samples import Array, Samples, check_samples, standardized
 
 LEAST_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
+RIDGE = 1e-11  # of a variance: above LEAST_PIVOT, far below the rounding of 16-bit floats
 MISFIT_DEVIATIONS = 5.0
 NORMAL_QUANTILE = 1.96
 
@@ -68,11 +69,26 @@ def total_correlation_bits(values: Tensor) -> Tensor:
 
     Raises EstimatorError if there are no more samples than columns, or if some columns determine others.
     """
-    count, dim = values.shape[-2:]
     z = standardized(values)
-    factor, _ = _factors(z.mT @ z / count, dim, count)
+    return total_correlation_of_covariance_bits(z.mT @ z / z.shape[-2], z.shape[-2])
+
+
+def total_correlation_of_covariance_bits(covariance: Tensor, count: int) -> Tensor:
+    """As `total_correlation_bits`, [...] from covariances [..., d, d] of `count` samples."""
+    dim = covariance.shape[-1]
+    factor, _ = _factors(covariance, dim, count)
     nats = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return (nats - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
+
+
+def regular(covariance: Tensor) -> Tensor:
+    """Correlations of covariances [..., D, D], made regular: a constant variable becomes an independent one, and copies up to
+    rounding share 20 bits rather than infinitely many."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    varies = variance > LEAST_PIVOT * variance.amax(-1, keepdim=True)
+    scale = variance.where(varies, 1).rsqrt() * varies
+    correlation = covariance * scale[..., None] * scale[..., None, :]
+    return correlation + torch.diag_embed(torch.where(varies, RIDGE, 1.0).to(covariance.dtype))
 
 
 def bias_nats(dim_x: int, dim_y: int, count: int) -> float:

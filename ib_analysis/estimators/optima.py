@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import e, log2, pi
+from math import e, log, log2, pi
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,22 @@ def gaussian_bottleneck(correlations: ArrayLike, beta: ArrayLike) -> tuple[NDArr
     ratio = np.where(active, (tradeoff - 1) * squared / remainder, 1.0)
     rate = np.log2(ratio).sum(-1) / 2
     return rate, rate - np.log2(np.where(active, tradeoff * squared, 1.0)).sum(-1) / 2
+
+
+def noisy_copy(covariance: ArrayLike, dim_x: int, noise: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(I(X; T), I(T; Y)) in bits [...] of T = X + independent Gaussian noise of variance noise [..., dx] in each channel.
+
+    x and y are Gaussian with joint covariance [dx + dy, dx + dy], x first. No such T lies above `gaussian_bottleneck`.
+    """
+    matrix = np.asarray(covariance, dtype=np.float64)
+    x, y, cross = matrix[:dim_x, :dim_x], matrix[dim_x:, dim_x:], matrix[:dim_x, dim_x:]
+    power = np.asarray(noise, dtype=np.float64)
+    if (power <= 0).any():
+        raise EstimatorError("a copy without noise tells everything: pass positive variances")
+    added = power[..., None] * np.eye(dim_x)
+    received = np.linalg.slogdet(x + added)[1]
+    given_y = np.linalg.slogdet(x - cross @ np.linalg.solve(y, cross.T) + added)[1]
+    return (received - np.log(power).sum(-1)) / 2 / log(2), (received - given_y) / 2 / log(2)
 
 
 def reverse_water_filling(variances: ArrayLike, distortion: float) -> tuple[float, float]:

@@ -158,12 +158,17 @@ def tokens_nbytes(
         raise ValueError("tokens must be counts: pass integers of at least 0")
     fmt = get_format(format_name)
     counts = counts.astype(np.int64)
-    nbytes = np.full_like(counts, LENGTH_BYTES)
-    for quantizer, bits in ((fmt.keys, key_bits), (fmt.values, value_bits)):
-        check_precision(bits)
-        for rows in layout(quantizer, bits, head_dim).values():
-            nbytes = nbytes + _row_count(rows, counts) * (rows.width * ITEM_BYTES)
-    return nbytes if isinstance(tokens, np.ndarray) else int(nbytes)
+    nbytes = side_nbytes(fmt.keys, counts, head_dim, key_bits) + side_nbytes(fmt.values, counts, head_dim, value_bits)
+    return nbytes + LENGTH_BYTES if isinstance(tokens, np.ndarray) else int(nbytes) + LENGTH_BYTES
+
+
+def side_nbytes(quantizer: Quantizer, tokens: NDArray[np.int64], head_dim: int, bits: int) -> NDArray[np.int64]:
+    """Exact bytes of the keys, or of the values, of one run of each number of tokens, its length left out."""
+    check_precision(bits)
+    total = np.zeros_like(tokens)
+    for rows in layout(quantizer, bits, head_dim).values():
+        total = total + _row_count(rows, tokens) * (rows.width * ITEM_BYTES)
+    return total
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The allocation that loses least: measured prices into the knapsack, then measured moves around the joint solution."""
+"""Measured moves around the knapsack's solution, all heads compressed together."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ib_analysis.calibration import Replays
-from ib_analysis.knapsack import Solution, solve
-from ib_analysis.plan import Plans
+from ib_analysis.knapsack import solve
 from ib_analysis.profile import Profile
 
 NEIGHBOURS = 6  # options of each head that are measured around the joint solution
 ROUNDS = 2
 TINY_BITS = 1e-9
-
-
-def optimal(profile: Profile, limit_bytes: int) -> tuple[Plans, Solution]:
-    """The least sum of measured prices within the limit."""
-    solution = profile.solve(limit_bytes, measured=True)
-    return profile.plans(solution.choice), solution
 
 
 def refine(profile: Profile, replays: Replays, limit_bytes: int, choice: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from ib_kernels.attention import partial_attention
 from ib_kernels.backends import Backend, check_kernel, default_backend
-from ib_kernels.formats import get_format
 from ib_kernels.kivi import group_counts
 from ib_kernels.packed import Packed, unpack_tokens_reference
 from ib_kernels.planning import Plan, is_rotated, plan
-from ib_kernels.quantizer import RAW_BITS, layout
+from ib_kernels.quantizer import RAW_BITS
 from ib_kernels.ragged import check_pairs, pad
 from torch import Tensor
 
@@ -46,8 +45,6 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over packed tokens and a window, as if they were one sequence.
 
-    With a plan in `step` the kernels read nothing back from the GPU, so that a CUDA graph can capture them.
-
     Args:
         query: [pairs, R, D], fp16, bf16 or fp32; the rows of a pair are its G grouped heads times M positions, R = G * M.
             All rows see all packed tokens.
@@ -56,8 +53,9 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is made
-            here and the lengths are checked, for which the GPU has to catch up.
+        step: `plan(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is made here
+            and the lengths are checked, for which the GPU has to catch up. With a step nothing is read back, and what is
+            allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
         backend: by default that of the device (see `backends`).
 
     Returns:
@@ -144,10 +142,9 @@ def packed_attention_triton(
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
     if step is None:
-        for part in parts:
-            _check_lengths(part, pairs)
+        _check_lengths(parts, pairs)
         step = plan(parts, pairs, query.device)
-    _check_plan(step, parts, query)
+    _check_step(step, parts, query)
     partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
     partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
     for part, items in zip(parts, step.items, strict=True):
@@ -208,7 +205,6 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
     check_kernel(query.shape[2], "", RAW_BITS, RAW_BITS)
     for part in parts:
         check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)
-        _check_rows(part)
     if window is not None and {window.keys.dtype, window.values.dtype} - set(KERNEL_DTYPES):
         raise ValueError(
             f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype} and {window.values.dtype}"
@@ -217,41 +213,24 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the query, window, bias and parts")
 
 
-def _check_rows(part: Packed) -> None:
-    """Raise ValueError unless all tensors of a part have the dtype and as many rows as the kernels count on."""
-    tokens, fmt = part.keys["words"].shape[0], get_format(part.format)
-    sides = (("keys", part.keys, fmt.keys, part.key_bits), ("values", part.values, fmt.values, part.value_bits))
-    for side, held, quantizer, bits in sides:
-        groups = 0 if bits == RAW_BITS else held["scale"].shape[0]  # their number depends on the lengths
-        count = {0: part.lengths.shape[0], 1: tokens}
-        expected = {name: count.get(rows.tokens_per_row, groups) for name, rows in layout(quantizer, bits, part.head_dim).items()}
-        found = {name: held[name].shape[0] for name in expected}
-        if found != expected:
-            raise ValueError(f"the {side} of a part with {tokens} keys must have {expected} rows, got {found}")
-        dtypes = {name: held[name].dtype for name in expected}
-        words = dtypes.pop("words")
-        if words not in (torch.int16, *KERNEL_DTYPES) or set(dtypes.values()) - {torch.float16}:
-            raise ValueError(f"the GPU kernels take fp16 metadata and no words of 64 bits, got {side} of {words} with {dtypes}")
+def _check_lengths(parts: Sequence[Packed], pairs: int) -> None:
+    for part in parts:
+        check_pairs(part.pairs, pairs)
+        tokens = part.keys["words"].shape[0]
+        needed = int(part.lengths.sum())
+        if needed > tokens or (part.lengths.numel() and int(part.lengths.min()) < 0):
+            raise ValueError(f"lengths must not be negative and need {needed} tokens, but the part holds {tokens}")
+        if part.format == "kivi" and part.key_bits != RAW_BITS:
+            groups, held = int(group_counts(part.lengths).sum()), part.keys["scale"].shape[0]
+            if groups > held:
+                raise ValueError(f"lengths need {groups} groups of keys, but there are scales of {held}")
 
 
-def _check_lengths(part: Packed, pairs: int) -> None:
-    """Raise ValueError if runs need more tokens or groups than are held, or belong to no pair."""
-    check_pairs(part.pairs, pairs)
-    if part.lengths.numel() and int(part.lengths.min()) < 0:
-        raise ValueError("lengths must not be negative: pass the number of tokens of every run")
-    needed = {"words": part.lengths}
-    if part.format == "kivi" and part.key_bits != RAW_BITS:
-        needed["scale"] = group_counts(part.lengths)
-    for name, rows in needed.items():
-        if int(rows.sum()) > part.keys[name].shape[0]:
-            raise ValueError(f"lengths need {int(rows.sum())} rows of {name}, but there are {part.keys[name].shape[0]}")
-
-
-def _check_plan(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
+def _check_step(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
     if len(step.items) != len(parts) or step.slots.shape[0] != query.shape[0] + 1 or step.slots.device != query.device:
         raise ValueError(
-            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, but there "
-            f"are {len(parts)} parts and {query.shape[0]} pairs on {query.device}: call plan again when parts change"
+            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, not for "
+            f"{len(parts)} and {query.shape[0]} on {query.device}: plan again after parts or the batch change"
         )
 
 

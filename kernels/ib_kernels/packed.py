@@ -8,8 +8,10 @@ import torch
 from ib_kernels import bitpack
 from ib_kernels.backends import Backend, check_kernel, default_backend
 from ib_kernels.formats import get_format
-from ib_kernels.quantizer import RAW_BITS, Quantizer, layout
+from ib_kernels.quantizer import RAW_BITS, MetadataRows, Quantizer, layout
 from torch import Tensor
+
+WORD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # at 16 bits; a cache has no fp32
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,18 @@ class Packed:
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
-        _check_side("keys", self.keys, fmt.keys, self.key_bits, self.head_dim)
-        _check_side("values", self.values, fmt.values, self.value_bits, self.head_dim)
+        key_shapes = layout(fmt.keys, self.key_bits, self.head_dim)
+        value_shapes = layout(fmt.values, self.value_bits, self.head_dim)
+        if self.keys.keys() != key_shapes.keys() or self.values.keys() != value_shapes.keys():
+            raise ValueError(
+                f"keys of {self.key_bits} and values of {self.value_bits} bits have {list(key_shapes)} and {list(value_shapes)}, "
+                f"got {list(self.keys)} and {list(self.values)}"
+            )
+        tokens, others = self.keys["words"].shape[0], self.values["words"].shape[0]
+        if tokens != others:
+            raise ValueError(f"there are {tokens} keys, but {others} values")
+        _check_side("keys", self.keys, key_shapes, self.key_bits, self.lengths.shape[0])
+        _check_side("values", self.values, value_shapes, self.value_bits, self.lengths.shape[0])
         if self.lengths.dtype != torch.int32 or self.pairs.dtype != torch.int32 or self.lengths.shape != self.pairs.shape:
             raise ValueError(
                 f"lengths and pairs must be int32 [P], got {self.lengths.dtype} {list(self.lengths.shape)} "
@@ -92,11 +104,14 @@ def _unpack(quantizer: Quantizer, part: dict[str, Tensor], lengths: Tensor, bits
     return quantizer.dequantize(bitpack.unpack(part["words"], bits, head_dim), part, lengths, bits)
 
 
-def _check_side(side: str, part: dict[str, Tensor], quantizer: Quantizer, bits: int, head_dim: int) -> None:
-    expected = {name: rows.width for name, rows in layout(quantizer, bits, head_dim).items()}
-    found = {name: tensor.shape[1] if tensor.ndim == 2 else None for name, tensor in part.items()}
-    if expected != found or (part["words"].dtype == torch.int16) != (bits != RAW_BITS):
-        raise ValueError(
-            f"{side} of {bits} bits and head_dim {head_dim} need matrices with {expected} columns, "
-            f"got {found} and words of {part['words'].dtype if 'words' in part else None}"
-        )
+def _check_side(side: str, part: dict[str, Tensor], shapes: dict[str, MetadataRows], bits: int, runs: int) -> None:
+    """Shapes and dtypes: the kernels compute addresses from them."""
+    groups = [part[name].shape[0] for name, rows in shapes.items() if rows.tokens_per_row > 1]
+    for name, rows in shapes.items():
+        count = {0: runs, 1: part["words"].shape[0]}.get(rows.tokens_per_row, max(groups, default=0))
+        dtypes = (torch.float16,) if name != "words" else (torch.int16,) if bits != RAW_BITS else WORD_DTYPES
+        if part[name].shape != (count, rows.width) or part[name].dtype not in dtypes:
+            raise ValueError(
+                f"the {side} {name} of {bits} bits must be {list(dtypes)} [{count}, {rows.width}], "
+                f"got {part[name].dtype} {list(part[name].shape)}"
+            )

@@ -13,7 +13,7 @@ from ib_kernels.quantizer import RAW_BITS
 from torch import Tensor
 
 ITEM_TOKENS = 128  # an item of fewer tokens would cost more to merge than to read
-RAW_ITEMS_PER_CORE = 3  # of tokens at 16 bits, whose programs have four warps
+RAW_ITEMS_PER_CORE = 3  # programs of four warps that a GPU core holds, for tokens at 16 bits
 FIELDS = 5  # of an item: first row, tokens, first group of keys, run, slot
 
 

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import CodeEntropy
-from ib_analysis.estimators.entropy import column_entropies_bits, entropy_limit_bits
+from ib_analysis.estimators.entropy import column_entropies_bits, entropies_of_counts_bits, entropy_limit_bits
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW, limited
 from ib_analysis.estimators.gaussian import total_correlation_bits
 from ib_analysis.estimators.quantizers import lloyd_max, optimal_uniform
@@ -160,3 +160,12 @@ def test_limit_needs_columns_that_repeat_themselves():
     limit = entropy_limit_bits(torch.tensor(np.stack([codes, rare, mixed])))
     assert limit[0] == pytest.approx(8.0, abs=0.02)
     assert torch.isinf(limit[1:]).all()
+
+
+@given(code_arrays)
+def test_counts_give_what_codes_give(drawn):
+    bits, codes = drawn
+    counts = torch.stack([torch.bincount(torch.tensor(column).long(), minlength=2**bits) for column in codes.T])
+    assert entropies_of_counts_bits(counts).numpy() == pytest.approx(
+        column_entropies_bits(torch.tensor(codes)).numpy(), abs=1e-12
+    )

@@ -3,7 +3,7 @@
 import pytest
 
 from ib_analysis.estimators import ESTIMATORS, CodeEntropy, Gaussian
-from ib_analysis.estimators.comparison import compare
+from ib_analysis.estimators.comparison import compare, comparison_text
 from ib_analysis.tasks.known_information import KNOWN_TASKS, normal, quantized_gaussian
 
 
@@ -28,3 +28,16 @@ def test_every_estimator_meets_every_task_by_default():
     _, estimators, tasks, _ = compare.__defaults__
     assert list(estimators) == list(ESTIMATORS.values())
     assert list(tasks) == list(KNOWN_TASKS.values())
+
+
+def test_text_says_all_that_the_table_says():
+    table = compare(500, [Gaussian(), CodeEntropy()], [normal(), quantized_gaussian(2, bits=2, step=1.0)])
+    blocks = comparison_text(table).split("\n\n")
+    assert len(blocks) == 2
+    title, header, gaussian, refused = blocks[0].splitlines()
+    assert title == f"1v1 normal 0.75: {normal().information_bits:.3f} bits"
+    assert header.split() == ["estimator", "estimate", "error", "95%", "interval", "covers", "seconds", "flags"]
+    first = table.iloc[0]
+    assert gaussian.split()[:3] == ["gaussian", f"{first.bits:.3f}", f"{first.error_bits:+.3f}"]
+    assert f"[{first.low_bits:.3f}, {first.high_bits:.3f}]" in gaussian
+    assert "refused: y takes as many values" in refused

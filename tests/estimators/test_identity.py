@@ -6,6 +6,8 @@ and r any prediction from (t, c).
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CONTEXTS, SOURCES, KEPT, TOKENS = 3, 8, 3, 5
 
@@ -39,3 +41,27 @@ def test_loss_is_lost_information_and_miscalibration(seed, calibrated):
     assert loss == pytest.approx(lost + miscalibration, abs=1e-6)
     assert miscalibration >= -1e-12
     assert lost >= -1e-12  # so what is measured is a lower bound on what T retains
+
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_random_eviction_scales_information(seed, keep):
+    """T' is T with probability `keep`, else a mark that says it is gone: I(X; T') = keep I(X; T)."""
+    joint = np.random.default_rng(seed).dirichlet(np.ones(SOURCES * KEPT)).reshape(1, SOURCES, KEPT)
+    gone = (1 - keep) * joint.sum(2, keepdims=True)
+    erased = np.concatenate([keep * joint, gone], axis=2)
+    assert conditional_information(erased) == pytest.approx(keep * conditional_information(joint), abs=1e-9)
+
+
+@given(st.integers(0, 2**31), st.integers(1, KEPT))
+@settings(deadline=None, max_examples=50)
+def test_functions_of_the_compressed_cache_say_no_more(seed, fewer):
+    """Data processing along X - T - T', and no KL divergence is negative."""
+    rng = np.random.default_rng(seed)
+    joint = rng.dirichlet(np.ones(SOURCES * KEPT)).reshape(1, SOURCES, KEPT)
+    merged = np.zeros((1, SOURCES, fewer))
+    for t, coarse in enumerate(rng.integers(0, fewer, KEPT)):
+        merged[..., coarse] += joint[..., t]
+    assert -1e-12 <= conditional_information(merged) <= conditional_information(joint) + 1e-12
+    p, r = rng.dirichlet(np.ones(TOKENS), 2)
+    assert np.sum(p * np.log2(p / r)) >= 0

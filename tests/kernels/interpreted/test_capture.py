@@ -1,9 +1,13 @@
 """What a CUDA graph needs of an attention step: with a plan at hand, nothing is read back from the GPU."""
 
+import os
+
 import pytest
 import torch
 from ib_kernels import Window, packed_attention, plan
 from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
 READS_BACK = {"_local_scalar_dense", "item", "nonzero", "masked_select", "repeat_interleave", "_unique2", "unique_consecutive"}
 ALLOCATES = {"empty", "zeros", "full"}  # Triton's interpreter copies what it reads: these copies are no part of a step

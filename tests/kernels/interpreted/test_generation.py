@@ -1,5 +1,7 @@
 """Text from a model with a compressed cache: by the kernels as by plain torch."""
 
+import os
+
 import pytest
 import torch
 from ib_kernels.backends import VARIABLE, default_backend
@@ -10,6 +12,8 @@ from ib_analysis.cache import CompressedCache
 from ib_analysis.plan import HeadPlan, Pinned, Tier
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
 PROMPT = "The farmer sold the red apple to the old sailor, and the sailor kept the apple in a box near the river. " * 6
 FOLLOW_UP = 6  # tokens of the prompt that come after the cache is filled

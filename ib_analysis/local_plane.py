@@ -1,0 +1,98 @@
+"""The information plane of one head's tokens, where the optimum is known if they are Gaussian.
+
+X is the key, or the value, of a context token. Y is what the model predicts from at that token: its last hidden state, of
+which random projections are taken, so that I(T; Y) is at most what the whole state would give. T is X through a dithered
+quantizer: X + N, N independent with the power of the quantizer's error in each channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ib_analysis.estimators.moments import Moments
+from ib_analysis.estimators.optima import canonical_correlations, gaussian_bottleneck, noisy_copy
+from ib_analysis.formats import FORMATS
+from ib_analysis.options import BITS
+from ib_analysis.pieces import PARTS, Part, Piece, gather
+from ib_analysis.replay import Replay
+
+MOST_PROJECTIONS = 64
+CURVE_POINTS = 60
+LARGEST_BETA = 1e6
+RIDGE = 1e-9  # of the mean variance: values of a first layer may span fewer dimensions than they have
+
+
+def local_plane(replays: Iterable[Replay]) -> pd.DataFrame:
+    """Rows of kind "bottleneck" (the Gaussian optimum, a curve) and "dithered" (a format at some bits), for every head.
+
+    Columns layer, head, part, kind, format, bits, rate_bits = I(X; T) and relevance_bits = I(T; Y), in bits per token, both
+    of Gaussians with the measured covariances. These are not corrected for their bias, about dx dy / 2N nats.
+    """
+    first = next(iter(replays))
+    heads = first.shape.heads
+    pieces = {Piece(part, fmt, bits, (1.0,)): heads for part, fmt, bits in product(PARTS, FORMATS, BITS)}
+    gathered = gather(replays, pieces, groups=1, show="quantizing")
+    joint = {part: joint_covariances(replays, part) for part in PARTS}  # [U, dx + dy, dx + dy]
+    rows: list[dict[str, Any]] = []
+    for part, (u, (layer, head)) in product(PARTS, enumerate(heads)):
+        dim = first.shape.layers[layer].head_dim
+        place = {"layer": layer, "head": head, "part": part}
+        curve = bottleneck_curve(joint[part][u], dim)
+        rows += [place | {"kind": "bottleneck", "rate_bits": rate, "relevance_bits": kept} for rate, kept in zip(*curve)]
+        for fmt, bits in product(FORMATS, BITS):
+            moments = gathered[Piece(part, fmt, bits, (1.0,))].moments
+            assert moments is not None
+            rate, kept = noisy_copy(joint[part][u], dim, _noise(moments, u))
+            point = {"kind": "dithered", "format": fmt, "bits": bits, "rate_bits": float(rate), "relevance_bits": float(kept)}
+            rows.append(place | point)
+    return pd.DataFrame(rows)
+
+
+def bottleneck_curve(covariance: NDArray[np.float64], dim_x: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(I(X; T), I(T; Y)) of the Gaussian optimum, from nothing to nearly all of I(X; Y)."""
+    correlations = canonical_correlations(covariance, dim_x).clip(max=1 - 1e-9)
+    least = 1 / float(correlations.max()) ** 2
+    return gaussian_bottleneck(correlations, np.geomspace(max(least, 1 + 1e-9), max(2 * least, LARGEST_BETA), CURVE_POINTS))
+
+
+@torch.no_grad()
+def joint_covariances(replays: Iterable[Replay], part: Part) -> NDArray[np.float64]:
+    """Of the keys or values of every head and of the projected hidden states of the same tokens: [U, dx + dy, dx + dy]."""
+    moments = Moments(groups=1)
+    projection: Tensor | None = None
+    for replay in replays:
+        first = min(replay.pinned.sinks, replay.length)
+        tokens = slice(first, first + replay.pinned.compressible(replay.length))
+        state = replay.model.base_model(replay.episode.prefill[None]).last_hidden_state[0, tokens].double()  # [n, hidden]
+        if projection is None:
+            generator = torch.Generator().manual_seed(0)
+            width = min(MOST_PROJECTIONS, state.shape[1])
+            projection = torch.randn(state.shape[1], width, generator=generator, dtype=torch.float64).to(state.device)
+        x = torch.cat([getattr(replay.context(i), part)[:, tokens] for i in replay.shape.compressible]).double()  # [U, n, D]
+        moments.add(x, (state @ projection).expand(len(x), -1, -1))
+    covariance, _ = moments.covariance(torch.zeros(1, dtype=torch.int64, device=moments.counts.device))
+    power = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    regular = covariance + RIDGE * power * torch.eye(covariance.shape[-1], dtype=power.dtype, device=power.device)
+    found: NDArray[np.float64] = regular.cpu().numpy()
+    return found
+
+
+def _noise(moments: Moments, head: int) -> NDArray[np.float64]:
+    """Variance [D] of N in y = g (x + N), from the moments of x and its decoded copy y; large where y is constant."""
+    covariance, _ = moments.covariance(torch.zeros(1, dtype=torch.int64, device=moments.counts.device))
+    matrix = covariance[head].cpu().numpy()
+    dim = len(matrix) // 2
+    power_x, power_y, shared = matrix.diagonal()[:dim], matrix.diagonal()[dim:], matrix[:dim, dim:].diagonal()
+    gain = shared / np.maximum(power_x, np.finfo(float).tiny)
+    noise = power_y - gain * shared
+    lost = 1e6 * power_x + np.finfo(float).tiny
+    relative = np.divide(noise, gain**2, out=lost.copy(), where=gain**2 > 0)
+    return np.clip(relative, 1e-12 * power_x.max(), lost.max())

@@ -1,0 +1,176 @@
+"""The information plane of a cache: what it retains about the next tokens, against what it takes to store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.allocation import Allocation
+from ib_analysis.calibration import Replays, null_plans
+from ib_analysis.figures.plane import plot_local_plane, plot_plane
+from ib_analysis.figures.style import save_figure
+from ib_analysis.local_plane import local_plane
+from ib_analysis.measurement import bootstrap_interval
+from ib_analysis.optimize import Prompts, allocate_all, episodes_for, prepare
+from ib_analysis.pieces import gather
+from ib_analysis.plan import Plans
+from ib_analysis.policies import POLICIES
+from ib_analysis.rates import CodeRates, Rate, all_pieces, context_lengths
+
+SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+PROMPTS = 96
+HELD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Measured points of compressed caches, and the local planes of their heads.
+
+    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null", "full"),
+    budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
+        stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
+        retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
+            held-out prompts is that of the loss, the ceiling being taken as measured;
+        information_bits, ceiling_low_bits, ceiling_high_bits: information of the full cache, the ceiling, with its interval;
+        chord_bits: what random eviction retains at the same stored_bits: with probability p the full cache, else nothing;
+        best: of its family's cells at this budget the one that retains most, on these very prompts.
+    `local`: see `local_plane`.
+    """
+
+    points: pd.DataFrame
+    local: pd.DataFrame
+    allocations: tuple[Allocation, ...]
+
+    def __str__(self) -> str:
+        rates = dict.fromkeys(("stored_bits", "code_rate_bits", "key_bits", "value_bits"), "{:.0f}".format)
+        bits = dict.fromkeys(("retained_bits", "low_bits", "high_bits", "chord_bits"), "{:.3f}".format)
+        shares = dict.fromkeys(("budget_share", "token_share"), "{:.4g}".format)
+        columns = [
+            "family",
+            "budget_share",
+            "token_share",
+            "format",
+            "key_bits",
+            "value_bits",
+            "stored_bits",
+            "code_rate_bits",
+            *bits,
+        ]
+        shown = self.points.loc[self.points.best, columns].fillna({"format": ""})
+        return shown.to_string(index=False, na_rep="", formatters={**rates, **bits, **shares})
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Retained information against both rates; with `path` also written there as PDF, PNG and CSV."""
+        return _drawn(plot_plane(self.points), self.points, path)
+
+    def plot_local(self, path: str | Path | None = None) -> Figure:
+        """Dithered formats under the Gaussian bottleneck, for the head whose tokens tell most; `path` as in `plot`."""
+        return _drawn(plot_local_plane(self.local), self.local, path)
+
+
+def information_plane(
+    model: PreTrainedModel,
+    *,
+    prompts: Prompts | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scorer: str = "value_aware",
+    question_aware: bool = True,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+    profile_path: str | Path | None = None,
+) -> Plane:
+    """The plane of a model's cache, from one calibration for all budgets `shares`.
+
+    A quarter of the prompts (by default 96 of the package's own) is held out: points are measured on it. The other arguments
+    are those of `optimal_allocation`.
+    """
+    episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
+    chosen = [episode for i, episode in enumerate(episodes) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    bench = prepare(
+        model, chosen, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
+    )
+    allocations = allocate_all(bench, shares)
+    profile = bench.profile
+    held_out = Replays(model, profile.shape, profile.pinned, scorer, episodes[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    return Plane(measure_points(held_out, allocations), local_plane(held_out), tuple(allocations))
+
+
+def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.DataFrame:
+    """`Plane.points` of allocations of one profile, with the uniform cells of their budgets."""
+    shape, pinned = allocations[0].shape, allocations[0].pinned
+    cells = [cell for allocation in allocations for cell in _cells(allocation)]
+    ends: list[tuple[dict[str, Any], Plans]] = [
+        ({"family": "null", "budget_share": 0.0, "token_share": 0.0}, null_plans(shape)),
+        ({"family": "full", "budget_share": 1.0, "token_share": 1.0}, (None,) * len(shape.layers)),
+    ]
+    described = [*cells, *ends]
+    plans = [plan for _, plan in described]
+    pieces = all_pieces(plans, shape)
+    rates = CodeRates(shape, pinned, context_lengths(held_out), pieces, gather(held_out, pieces, groups=0, show="code rates"))
+    kl_bits, _ = held_out.measure(plans, show="held-out prompts")  # [episodes, plans]
+    information_bits = float(kl_bits[:, -2].mean())  # what evicting everything loses
+    ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, -2]))
+    rows = []
+    for (row, plan), losses in zip(described, kl_bits.T):
+        least, most = bootstrap_interval(losses)
+        retained = {"retained_bits": information_bits - float(losses.mean())}
+        retained |= _interval("", (information_bits - most, information_bits - least))
+        rows.append({**row, **_rate_columns(rates.total(plan)), **retained, **ceiling})
+    return _with_chord_and_best(pd.DataFrame(rows))
+
+
+def chord(points: pd.DataFrame, rate: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Its ends, (rate, retained bits) of the null and of the full cache, at a column of rates.
+
+    A coin that keeps the full cache with probability p, and else nothing, scales both by p: the straight line between.
+    """
+    null, full = (points[points.family == family].iloc[0] for family in ("null", "full"))
+    return (float(null[rate]), float(null.retained_bits)), (float(full[rate]), float(full.retained_bits))
+
+
+def _cells(allocation: Allocation) -> list[tuple[dict[str, Any], Plans]]:
+    """The allocation and every uniform cell of its budget, each with what a row says of it."""
+    shape, pinned, length = allocation.shape, allocation.pinned, allocation.context_length
+    limit = int(allocation.budget_share * shape.bytes_per_token * length)
+    described: list[tuple[dict[str, Any], Plans]] = [({"family": "optimal"}, allocation.plans)]
+    for policy in (POLICIES["prune_only"], POLICIES["uniform"]):
+        for cell in policy(shape, pinned, length, limit):
+            plan = next(row[0] for row in cell if row)
+            tier = plan.tiers[0]
+            raw = tier.key_bits == tier.value_bits == 16
+            family = "prune-only" if raw else "quantize-only" if tier.share == 1 else "quantized pruning"
+            if raw and policy is POLICIES["uniform"]:
+                continue  # the grid's own 16-bit cell
+            bits = {"token_share": tier.share, "format": plan.format, "key_bits": tier.key_bits, "value_bits": tier.value_bits}
+            described.append(({"family": family} | bits, cell))
+    return [({"budget_share": allocation.budget_share} | row, plan) for row, plan in described]
+
+
+def _interval(name: str, ends: tuple[float, float]) -> dict[str, float]:
+    return {f"{name}low_bits": ends[0], f"{name}high_bits": ends[1]}
+
+
+def _rate_columns(rate: Rate) -> dict[str, float]:
+    return {"stored_bits": rate.stored_bits, "code_rate_bits": rate.code_bits, "tight_code_rate_bits": rate.tight_bits}
+
+
+def _with_chord_and_best(points: pd.DataFrame) -> pd.DataFrame:
+    (null_rate, _), (full_rate, information) = chord(points, "stored_bits")
+    kept = (points.stored_bits - null_rate) / (full_rate - null_rate)  # the coin's p
+    best = points.groupby(["family", "budget_share"]).retained_bits.transform("max") == points.retained_bits
+    columns = ["family", "budget_share", "token_share", "format", "key_bits", "value_bits"]
+    rest = [name for name in points.columns if name not in columns]
+    return points.reindex(columns=[*columns, *rest]).assign(chord_bits=np.asarray(kept) * information, best=best)
+
+
+def _drawn(figure: Figure, table: pd.DataFrame, path: str | Path | None) -> Figure:
+    if path is not None:
+        save_figure(figure, table, Path(path))
+    return figure

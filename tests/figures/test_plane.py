@@ -1,0 +1,66 @@
+"""The plane's figures plot their tables."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.container import ErrorbarContainer
+
+from ib_analysis.figures.plane import plot_local_plane, plot_plane
+
+COLUMNS = [
+    "family",
+    "budget_share",
+    "stored_bits",
+    "code_rate_bits",
+    "retained_bits",
+    "low_bits",
+    "high_bits",
+    "information_bits",
+]
+POINTS = pd.DataFrame(
+    [
+        ("optimal", 0.25, 4000.0, 2500.0, 1.9, 1.8, 1.95, 2.0),
+        ("optimal", 0.125, 2000.0, 1200.0, 1.7, 1.5, 1.8, 2.0),
+        ("quantized pruning", 0.25, 4000.0, 2400.0, 1.5, 1.2, 1.6, 2.0),
+        ("quantized pruning", 0.25, 3900.0, 2300.0, -9.0, -9.5, -8.0, 2.0),
+        ("null", 0.0, 200.0, 0.0, 0.0, 0.0, 0.0, 2.0),
+        ("full", 1.0, 16000.0, 12000.0, 2.0, 1.8, 2.2, 2.0),
+    ],
+    columns=COLUMNS,
+).assign(best=[True, True, True, False, True, True], ceiling_low_bits=1.8, ceiling_high_bits=2.2)
+LOCAL = pd.DataFrame(
+    [
+        (0, 0, "keys", "bottleneck", None, np.nan, 0.0, 0.0),
+        (0, 0, "keys", "bottleneck", None, np.nan, 9.0, 2.0),
+        (0, 0, "keys", "dithered", "kivi", 2, 8.0, 1.5),
+        (1, 0, "values", "bottleneck", None, np.nan, 0.0, 0.0),
+        (1, 0, "values", "bottleneck", None, np.nan, 9.0, 3.0),
+        (1, 0, "values", "dithered", "rotated", 4, 8.5, 2.5),
+    ],
+    columns=["layer", "head", "part", "kind", "format", "bits", "rate_bits", "relevance_bits"],
+)
+
+
+def test_best_cells_are_joined_on_both_panels():
+    for axes, rates in zip(plot_plane(POINTS).axes, ([2000.0, 4000.0], [1200.0, 2500.0])):
+        lines = {str(found.get_label()): found.lines[0] for found in axes.containers if isinstance(found, ErrorbarContainer)}
+        assert np.asarray(lines["optimal"].get_xdata()).tolist() == rates
+        assert np.asarray(lines["quantized pruning"].get_ydata()).tolist() == [1.5]
+        assert "prune-only" not in lines
+        assert -1 < axes.get_ylim()[0] < 0  # the cell at -9 is left to the table
+
+
+def test_chord_joins_null_and_full():
+    labelled = {str(line.get_label()): line for line in plot_plane(POINTS).axes[0].lines}
+    chord = np.asarray(labelled["random eviction (chord)"].get_xydata())
+    assert chord[0].tolist() == [200.0, 0.0]
+    assert np.allclose(chord[-1], [16000.0, 2.0])
+    assert np.allclose(chord[:, 1], (chord[:, 0] - 200) / 15800 * 2)
+
+
+def test_local_plane_shows_the_head_that_says_most():
+    keys, values = plot_local_plane(LOCAL).axes
+    assert values.get_title() == "layer 1, head 0: values"
+    curve, kivi, rotated = values.lines
+    assert np.asarray(curve.get_xydata()).tolist() == [[0.0, 0.0], [9.0, 3.0]]
+    assert np.asarray(rotated.get_xydata()).tolist() == [[8.5, 2.5]]
+    assert np.size(kivi.get_xdata()) == np.size(keys.lines[1].get_xdata()) == 0

@@ -1,0 +1,95 @@
+"""The local plane: no dithered point crosses the Gaussian bottleneck."""
+
+from math import log
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ib_analysis.errors import EstimatorError
+from ib_analysis.estimators import Gaussian
+from ib_analysis.estimators.optima import canonical_correlations, gaussian_bottleneck, noisy_copy
+from ib_analysis.local_plane import bottleneck_curve, joint_covariances, local_plane
+from ib_analysis.options import BITS
+
+BETAS = np.geomspace(1.01, 1e6, 200)
+
+
+def crosses(covariance, dim_x, rate, relevance):
+    """Whether a point lies above some tangent of the curve, which is concave with slope 1 / beta."""
+    best_rate, best_relevance = gaussian_bottleneck(canonical_correlations(covariance, dim_x).clip(max=1 - 1e-9), BETAS)
+    return (relevance > best_relevance + (rate - best_rate) / BETAS + 1e-6).any()
+
+
+@pytest.fixture(scope="module")
+def local(bench):
+    return local_plane(bench.validation)
+
+
+def test_no_dithered_point_crosses_the_bottleneck(bench, local):
+    for part in ("keys", "values"):
+        covariances = joint_covariances(bench.validation, part)
+        for covariance, (layer, head) in zip(covariances, bench.profile.shape.heads):
+            some = local[(local["layer"] == layer) & (local["head"] == head) & (local.part == part) & (local.kind == "dithered")]
+            assert len(some) == 2 * len(BITS)
+            for _, point in some.iterrows():
+                assert 0 < point.relevance_bits < point.rate_bits
+                assert not crosses(covariance, 64, point.rate_bits, point.relevance_bits)
+
+
+def test_what_lies_above_the_curve_crosses_it(bench):
+    covariance = joint_covariances(bench.validation, "values")[3]
+    for rate, relevance in list(zip(*bottleneck_curve(covariance, 64)))[1:]:
+        assert not crosses(covariance, 64, rate, relevance)
+        assert crosses(covariance, 64, rate, 1.01 * relevance)
+
+
+def test_more_bits_say_more(local):
+    for _, group in local[local.kind == "dithered"].groupby(["layer", "head", "part", "format"]):
+        ordered = group.sort_values("bits")
+        assert (ordered.rate_bits.diff().dropna() > 0).all()
+        assert (ordered.relevance_bits.diff().dropna() > -1e-9).all()
+
+
+def random_covariance(rng, dim):
+    factor = rng.standard_normal((dim, dim + 2)) * np.exp(rng.normal(0, 1, dim))[:, None]
+    return factor @ factor.T
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_no_noise_beats_the_bottleneck(seed, dim_x, dim_y):
+    rng = np.random.default_rng(seed)
+    covariance = random_covariance(rng, dim_x + dim_y)
+    noise = np.exp(rng.normal(0, 3, (20, dim_x))) * covariance.diagonal()[:dim_x]
+    rates, relevances = noisy_copy(covariance, dim_x, noise)
+    for rate, relevance in zip(rates, relevances):
+        assert 0 <= relevance <= rate
+        assert not crosses(covariance, dim_x, rate, relevance)
+
+
+def test_noisy_copies_measured_on_samples():
+    rng = np.random.default_rng(0)
+    covariance = random_covariance(rng, 5)
+    noise = np.array([0.5, 1.0, 2.0]) * covariance.diagonal()[:3]
+    z = rng.standard_normal((200_000, 5)) @ np.linalg.cholesky(covariance).T
+    copy = z[:, :3] + rng.standard_normal((200_000, 3)) * np.sqrt(noise)
+    rate, relevance = noisy_copy(covariance, 3, noise)
+    assert Gaussian().estimate(z[:, :3], copy).bits == pytest.approx(rate, abs=0.02)
+    assert Gaussian().estimate(copy, z[:, 3:]).bits == pytest.approx(relevance, abs=0.02)
+
+
+def test_curve_ends_at_all_information():
+    rng = np.random.default_rng(0)
+    covariance = random_covariance(rng, 6)
+    rate, relevance = bottleneck_curve(covariance, 4)
+    logs = [np.linalg.slogdet(block)[1] for block in (covariance[:4, :4], covariance[4:, 4:], covariance)]
+    assert rate[0] == pytest.approx(0, abs=1e-6)
+    assert relevance[-1] == pytest.approx((logs[0] + logs[1] - logs[2]) / 2 / log(2), abs=1e-3)
+    assert (np.diff(rate) >= 0).all() and (np.diff(relevance) >= 0).all()
+
+
+def test_copies_without_noise_are_refused():
+    with pytest.raises(EstimatorError, match="without noise"):
+        noisy_copy(np.eye(3), 2, [0.0, 1.0])

@@ -1,0 +1,103 @@
+"""The information plane: its ends, its families, its rates, and the chord between its ends."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import ib_analysis as ib
+from ib_analysis.measurement import measure_plans
+from ib_analysis.optimize import allocate_all
+from ib_analysis.plan import plans_nbytes
+from ib_analysis.plane import chord, measure_points
+from ib_analysis.policies import POLICIES
+from ib_analysis.tasks.mixture import mixture
+
+SHARES = (1 / 4, 1 / 8)
+
+
+@pytest.fixture(scope="module")
+def allocations(bench):
+    return allocate_all(bench, SHARES)
+
+
+@pytest.fixture(scope="module")
+def points(bench, allocations):
+    return measure_points(bench.validation, allocations)
+
+
+def end(points, family):
+    found = points[points.family == family]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_ends(points):
+    null, full = end(points, "null"), end(points, "full")
+    assert null.retained_bits == 0 and null.code_rate_bits == 0 and null.chord_bits == 0
+    assert full.retained_bits == pytest.approx(full.information_bits, abs=1e-6)
+    assert full.chord_bits == pytest.approx(full.information_bits)
+    assert full.stored_bits == 16384  # 4 layers, 2 heads, 64 channels, keys and values, 16 bits
+    assert null.stored_bits < points[points.family == "optimal"].stored_bits.min()
+
+
+def test_families_are_the_policies(bench, points):
+    profile = bench.profile
+    for share in SHARES:
+        limit = int(share * profile.shape.bytes_per_token * profile.context_length)
+        at = points[points.budget_share == share]
+        found = {name: (at.family == name).sum() for name in ("optimal", "prune-only", "quantize-only", "quantized pruning")}
+        names = ("uniform", "prune_only", "quantize_only")
+        uniform, pruned, quantized = (
+            len(POLICIES[name](profile.shape, profile.pinned, profile.context_length, limit)) for name in names
+        )
+        assert found["optimal"] == 1
+        assert (found["prune-only"], found["quantize-only"]) == (pruned, quantized)
+        assert sum(found.values()) == 1 + uniform
+
+
+def test_points_are_what_is_measured_and_stored(bench, allocations, points):
+    for allocation, measured in zip(allocations, measure_plans(bench.validation, [a.plans for a in allocations])):
+        point = points[(points.family == "optimal") & (points.budget_share == allocation.budget_share)].iloc[0]
+        assert point.retained_bits == pytest.approx(measured.retained_bits)
+        assert point.information_bits == pytest.approx(measured.information_bits)
+        lengths = np.array([replay.length for replay in bench.validation])
+        nbytes = plans_nbytes(allocation.shape, allocation.plans, allocation.pinned, lengths)
+        assert point.stored_bits == pytest.approx(8 * nbytes.sum() / lengths.sum())
+
+
+def test_laws(points):
+    assert (points.retained_bits <= points.information_bits + 1e-9).all()  # KL >= 0
+    assert ((points.low_bits <= points.retained_bits) & (points.retained_bits <= points.high_bits)).all()
+    assert (points.tight_code_rate_bits <= points.code_rate_bits + 1e-9).all()
+    packed = points[~points.family.isin(["null", "full"])]
+    full = end(points, "full")
+    assert (packed.code_rate_bits < full.code_rate_bits).all() and (packed.stored_bits < full.stored_bits).all()
+    best = packed[packed.best]
+    assert not best.duplicated(["family", "budget_share"]).any()
+    for _, group in packed.groupby(["family", "budget_share"]):
+        assert group.retained_bits[group.best].item() == group.retained_bits.max()
+
+
+def test_random_eviction_is_the_straight_line(points):
+    """A coin's rate and information are means of those of the two ends."""
+    (null_rate, nothing), (full_rate, everything) = chord(points, "stored_bits")
+    for p in (0.0, 0.3, 1.0):
+        rate = p * full_rate + (1 - p) * null_rate
+        expected = p * everything + (1 - p) * nothing
+        assert np.interp(rate, points.sort_values("stored_bits").stored_bits, points.sort_values("stored_bits").chord_bits) == (
+            pytest.approx(expected, abs=1e-6)
+        )
+
+
+def test_a_whole_plane_from_few_prompts(embedded, tmp_path):
+    model, tokenizer = embedded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # few prompts
+        plane = ib.information_plane(model, prompts=mixture("plane", 20, 128), tokenizer=tokenizer, shares=(1 / 4,))
+    assert {"optimal", "quantized pruning", "prune-only", "null", "full"} <= set(plane.points.family)
+    assert plane.allocations[0].budget_share == 1 / 4
+    plane.plot(tmp_path / "plane")
+    plane.plot_local(tmp_path / "local")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{k}" for n in ("plane", "local") for k in ("pdf", "png", "csv")}
+    assert "optimal" in str(plane)
