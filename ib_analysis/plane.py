@@ -17,7 +17,7 @@ from ib_analysis.calibration import Replays, null_plans
 from ib_analysis.figures.plane import plot_local_plane, plot_plane
 from ib_analysis.figures.style import save_figure
 from ib_analysis.local_plane import local_plane
-from ib_analysis.measurement import bootstrap_interval
+from ib_analysis.measurement import Sample, bootstrap_interval
 from ib_analysis.optimize import Prompts, allocate_all, episodes_for, prepare
 from ib_analysis.pieces import gather
 from ib_analysis.plan import Plans
@@ -37,7 +37,7 @@ class Plane:
     budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
         stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
         retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
-            held-out prompts is that of the loss, the ceiling being taken as measured;
+            held-out prompts is that of the share retained, times the ceiling as measured;
         information_bits, ceiling_low_bits, ceiling_high_bits: information of the full cache, the ceiling, with its interval;
         chord_bits: what random eviction retains at the same stored_bits: with probability p the full cache, else nothing;
         best: of its family's cells at this budget the one that retains most, on these very prompts.
@@ -114,14 +114,16 @@ def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.D
     plans = [plan for _, plan in described]
     pieces = all_pieces(plans, shape)
     rates = CodeRates(shape, pinned, context_lengths(held_out), pieces, gather(held_out, pieces, groups=0, show="code rates"))
-    kl_bits, _ = held_out.measure(plans, show="held-out prompts")  # [episodes, plans]
-    information_bits = float(kl_bits[:, -2].mean())  # what evicting everything loses
-    ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, -2]))
+    kl_bits, accuracy = held_out.measure(plans, show="held-out prompts")  # [episodes, plans]
+    null = len(plans) - 2
+    sample = Sample(kl_bits, accuracy, kl_bits[:, null], accuracy[:, -1])
+    information_bits = float(kl_bits[:, null].mean())  # what evicting everything loses
+    ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, null]))
     rows = []
-    for (row, plan), losses in zip(described, kl_bits.T):
-        least, most = bootstrap_interval(losses)
-        retained = {"retained_bits": information_bits - float(losses.mean())}
-        retained |= _interval("", (information_bits - most, information_bits - least))
+    for i, (row, plan) in enumerate(described):
+        lost, least, most = sample.ratio_interval(i, null)  # shares of the ceiling
+        retained = {"retained_bits": information_bits * (1 - lost)}
+        retained |= _interval("", (information_bits * (1 - most), information_bits * (1 - least)))
         rows.append({**row, **_rate_columns(rates.total(plan)), **retained, **ceiling})
     return _with_chord_and_best(pd.DataFrame(rows))
 
