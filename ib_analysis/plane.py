@@ -33,7 +33,7 @@ HELD_OUT_EVERY = 4
 class Plane:
     """Measured points of compressed caches, and the local planes of their heads.
 
-    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null", "full"),
+    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null point", "full point"),
     budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
         stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
         retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
@@ -107,8 +107,8 @@ def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.D
     shape, pinned = allocations[0].shape, allocations[0].pinned
     cells = [cell for allocation in allocations for cell in _cells(allocation)]
     ends: list[tuple[dict[str, Any], Plans]] = [
-        ({"family": "null", "budget_share": 0.0, "token_share": 0.0}, null_plans(shape)),
-        ({"family": "full", "budget_share": 1.0, "token_share": 1.0}, (None,) * len(shape.layers)),
+        ({"family": "null point", "budget_share": 0.0, "token_share": 0.0}, null_plans(shape)),
+        ({"family": "full point", "budget_share": 1.0, "token_share": 1.0}, (None,) * len(shape.layers)),
     ]
     described = [*cells, *ends]
     plans = [plan for _, plan in described]
@@ -133,7 +133,7 @@ def chord(points: pd.DataFrame, rate: str) -> tuple[tuple[float, float], tuple[f
 
     A coin that keeps the full cache with probability p, and else nothing, scales both by p: the straight line between.
     """
-    null, full = (points[points.family == family].iloc[0] for family in ("null", "full"))
+    null, full = (points[points.family == family].iloc[0] for family in ("null point", "full point"))
     return (float(null[rate]), float(null.retained_bits)), (float(full[rate]), float(full.retained_bits))
 
 
