@@ -33,8 +33,8 @@ HELD_OUT_EVERY = 4
 class Plane:
     """Measured points of compressed caches, and the local planes of their heads.
 
-    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null point", "full point"),
-    budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
+    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null point", "full
+    point"), budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
         stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
         retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
             held-out prompts is that of the share retained, times the ceiling as measured;
