@@ -30,7 +30,7 @@ SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 SHOWN_SHARE = 1 / 8  # of which answers, the heatmap and allocation.json are
 ANSWERED = ("retrieval", "needles", "copying")
 SEED = 0
-HELD_OUT = 192  # prompts: losses are heavy-tailed, so that means over fewer differ twofold
+HELD_OUT = 384  # prompts: one in 200 loses bits where most lose thousandths, so that means over fewer differ twofold
 
 
 @dataclass(frozen=True)

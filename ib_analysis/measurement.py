@@ -14,7 +14,7 @@ from ib_analysis.plan import Plans
 
 RESAMPLES = 2000
 LEVEL = 95  # percent
-FIRST_PARTS = (8, 4, 2, 1)  # of the prompts, after which plans are dropped
+FIRST_PARTS = (16, 8, 4, 2, 1)  # of the prompts, after which plans are dropped
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ib_analysis.calibration import Replays, null_plans
 from ib_analysis.figures.plane import plot_local_plane, plot_plane
 from ib_analysis.figures.style import save_figure
 from ib_analysis.local_plane import local_plane
-from ib_analysis.measurement import bootstrap_interval
+from ib_analysis.measurement import Sample, bootstrap_interval
 from ib_analysis.optimize import Prompts, allocate_all, episodes_for, prepare
 from ib_analysis.pieces import gather
 from ib_analysis.plan import Plans
@@ -33,11 +33,11 @@ HELD_OUT_EVERY = 4
 class Plane:
     """Measured points of compressed caches, and the local planes of their heads.
 
-    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null", "full"),
-    budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
+    `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null point", "full
+    point"), budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
         stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
         retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
-            held-out prompts is that of the loss, the ceiling being taken as measured;
+            held-out prompts is that of the share retained, times the ceiling as measured;
         information_bits, ceiling_low_bits, ceiling_high_bits: information of the full cache, the ceiling, with its interval;
         chord_bits: what random eviction retains at the same stored_bits: with probability p the full cache, else nothing;
         best: of its family's cells at this budget the one that retains most, on these very prompts.
@@ -107,21 +107,23 @@ def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.D
     shape, pinned = allocations[0].shape, allocations[0].pinned
     cells = [cell for allocation in allocations for cell in _cells(allocation)]
     ends: list[tuple[dict[str, Any], Plans]] = [
-        ({"family": "null", "budget_share": 0.0, "token_share": 0.0}, null_plans(shape)),
-        ({"family": "full", "budget_share": 1.0, "token_share": 1.0}, (None,) * len(shape.layers)),
+        ({"family": "null point", "budget_share": 0.0, "token_share": 0.0}, null_plans(shape)),
+        ({"family": "full point", "budget_share": 1.0, "token_share": 1.0}, (None,) * len(shape.layers)),
     ]
     described = [*cells, *ends]
     plans = [plan for _, plan in described]
     pieces = all_pieces(plans, shape)
     rates = CodeRates(shape, pinned, context_lengths(held_out), pieces, gather(held_out, pieces, groups=0, show="code rates"))
-    kl_bits, _ = held_out.measure(plans, show="held-out prompts")  # [episodes, plans]
-    information_bits = float(kl_bits[:, -2].mean())  # what evicting everything loses
-    ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, -2]))
+    kl_bits, accuracy = held_out.measure(plans, show="held-out prompts")  # [episodes, plans]
+    null = len(plans) - 2
+    sample = Sample(kl_bits, accuracy, kl_bits[:, null], accuracy[:, -1])
+    information_bits = float(kl_bits[:, null].mean())  # what evicting everything loses
+    ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, null]))
     rows = []
-    for (row, plan), losses in zip(described, kl_bits.T):
-        least, most = bootstrap_interval(losses)
-        retained = {"retained_bits": information_bits - float(losses.mean())}
-        retained |= _interval("", (information_bits - most, information_bits - least))
+    for i, (row, plan) in enumerate(described):
+        lost, least, most = sample.ratio_interval(i, null)  # shares of the ceiling
+        retained = {"retained_bits": information_bits * (1 - lost)}
+        retained |= _interval("", (information_bits * (1 - most), information_bits * (1 - least)))
         rows.append({**row, **_rate_columns(rates.total(plan)), **retained, **ceiling})
     return _with_chord_and_best(pd.DataFrame(rows))
 
@@ -131,7 +133,7 @@ def chord(points: pd.DataFrame, rate: str) -> tuple[tuple[float, float], tuple[f
 
     A coin that keeps the full cache with probability p, and else nothing, scales both by p: the straight line between.
     """
-    null, full = (points[points.family == family].iloc[0] for family in ("null", "full"))
+    null, full = (points[points.family == family].iloc[0] for family in ("null point", "full point"))
     return (float(null[rate]), float(null.retained_bits)), (float(full[rate]), float(full.retained_bits))
 
 

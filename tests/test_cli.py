@@ -63,6 +63,7 @@ def test_estimators_prints_every_estimator(tmp_path):
         (["allocate", "--budget", "1/4000", "--out", "OUT"], "at least"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
         (["allocate", "./no/such/model", "--budget", "1/4", "--out", "OUT"], "no/such/model"),
+        (["plane", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
         (["generate", "--allocation", "no/such/file", "--prompt", "x"], "no/such/file"),
         (["generate", "--allocation", "FILE", "--prompt", ""], "fewer than two tokens"),
         (["generate", "--allocation", "FILE", "--prompt", "x y", "--tokens", "0"], "tokens"),

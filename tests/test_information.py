@@ -14,11 +14,12 @@ from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.estimators import CodeEntropy, DitheredChannel, Gaussian
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW
 from ib_analysis.estimators.gaussian import total_correlation_bits
+from ib_analysis.estimators.moments import Moments
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
-from ib_analysis.information import NOTHING_KEPT, RAW_FLOATS
+from ib_analysis.information import NOTHING_KEPT, RAW_FLOATS, gaussian_bits
 from ib_analysis.measurement import measure_plans
 from ib_analysis.optimize import full_allocation
-from ib_analysis.pieces import Piece, coded, gather, pieces_of
+from ib_analysis.pieces import Gathered, Piece, coded, gather, pieces_of
 from ib_analysis.plan import HeadPlan, Tier
 from ib_analysis.shape import cache_shape
 from ib_analysis.tasks.mixture import mixture
@@ -212,3 +213,20 @@ def test_table_survives_csv(table, tmp_path):
     table.to_csv(tmp_path / "table.csv", index=False)
     again = pd.read_csv(tmp_path / "table.csv", keep_default_na=True)
     assert again.gaussian_bits.to_numpy() == pytest.approx(table.gaussian_bits.to_numpy(), nan_ok=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [2, 16])
+def test_gathered_on_a_gpu_is_the_same(bits):
+    piece = Piece("values", "kivi", bits, (1.0,))
+    found = []
+    for device in ("cpu", "cuda"):
+        moments = Moments()
+        gathered = Gathered(bits, torch.float16, moments)
+        for seed in range(10):
+            x = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(seed)).to(device)
+            gathered.add(x, *coded(piece, x, torch.float16))
+        estimates = [gathered.code_entropy_bits(), gathered.total_correlation_bits(), *moments.jackknife(gaussian_bits)]
+        found.append([estimate.cpu() for estimate in estimates])
+    for here, there in zip(*found):
+        assert there.numpy() == pytest.approx(here.numpy(), abs=1e-6)

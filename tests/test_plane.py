@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import ib_analysis as ib
@@ -33,7 +34,7 @@ def end(points, family):
 
 
 def test_ends(points):
-    null, full = end(points, "null"), end(points, "full")
+    null, full = end(points, "null point"), end(points, "full point")
     assert null.retained_bits == 0 and null.code_rate_bits == 0 and null.chord_bits == 0
     assert full.retained_bits == pytest.approx(full.information_bits, abs=1e-6)
     assert full.chord_bits == pytest.approx(full.information_bits)
@@ -70,8 +71,8 @@ def test_laws(points):
     assert (points.retained_bits <= points.information_bits + 1e-9).all()  # KL >= 0
     assert ((points.low_bits <= points.retained_bits) & (points.retained_bits <= points.high_bits)).all()
     assert (points.tight_code_rate_bits <= points.code_rate_bits + 1e-9).all()
-    packed = points[~points.family.isin(["null", "full"])]
-    full = end(points, "full")
+    packed = points[~points.family.isin(["null point", "full point"])]
+    full = end(points, "full point")
     assert (packed.code_rate_bits < full.code_rate_bits).all() and (packed.stored_bits < full.stored_bits).all()
     best = packed[packed.best]
     assert not best.duplicated(["family", "budget_share"]).any()
@@ -95,9 +96,10 @@ def test_a_whole_plane_from_few_prompts(embedded, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few prompts
         plane = ib.information_plane(model, prompts=mixture("plane", 20, 128), tokenizer=tokenizer, shares=(1 / 4,))
-    assert {"optimal", "quantized pruning", "prune-only", "null", "full"} <= set(plane.points.family)
+    assert {"optimal", "quantized pruning", "prune-only", "null point", "full point"} <= set(plane.points.family)
     assert plane.allocations[0].budget_share == 1 / 4
     plane.plot(tmp_path / "plane")
     plane.plot_local(tmp_path / "local")
     assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{k}" for n in ("plane", "local") for k in ("pdf", "png", "csv")}
     assert "optimal" in str(plane)
+    assert pd.read_csv(tmp_path / "plane.csv").family.tolist() == plane.points.family.tolist()  # no name that reads as absent

@@ -19,7 +19,7 @@ from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_
 from ib_analysis.estimators.samples import Array, check_samples, standardized
 
 PARTS = 8  # disjoint parts of the documents, from which the interval comes
-ROWS = 64  # of the distance matrix at once: small enough for the processor's cache
+ROWS = 16  # of the distance matrix at once: small enough for the processor's cache
 LEAST_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
 
 
@@ -87,18 +87,31 @@ def _counts_of_scalars(
 
 def _counts_of_vectors(x: Tensor, y: Tensor, neighbours: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The same from all pairs of distances: trees are slower than that from five dimensions on."""
-    counts = []
-    norms_x, norms_y = x.square().sum(-1), y.square().sum(-1)  # [N]
-    for start in range(0, len(x), ROWS):
+    count = len(x)
+    left_x, right_x = _factors_of_squares(x)
+    left_y, right_y = _factors_of_squares(y)
+    squared_x, squared_y, both = (x.new_empty(ROWS, count) for _ in range(3))  # written again and again: new pages are slow
+    nearer = torch.empty(ROWS, count, dtype=torch.bool, device=x.device)
+    near = torch.empty(2, count, dtype=torch.int32, device=x.device)
+    for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)
-        squared_x = torch.addmm(norms_x + norms_x[rows, None], x[rows], x.T, alpha=-2)  # [rows, N]
-        squared_y = torch.addmm(norms_y + norms_y[rows, None], y[rows], y.T, alpha=-2)
-        nearest = torch.maximum(squared_x, squared_y).topk(neighbours + 1, largest=False).values  # the first is itself
-        radius = nearest[:, -1:]
-        counts.append(torch.stack([_row_counts(squared_x < radius), _row_counts(squared_y < radius)]))
+        used = slice(0, len(left_x[rows]))
+        torch.mm(left_x[rows], right_x, out=squared_x[used])
+        torch.mm(left_y[rows], right_y, out=squared_y[used])
+        torch.maximum(squared_x[used], squared_y[used], out=both[used])
+        radius = both[used].topk(neighbours + 1, largest=False).values[:, -1:]  # the first is itself
         _check_radius(float(radius.min()), neighbours)
-    near_x, near_y = torch.cat(counts, dim=1).cpu().numpy()
+        for squared, counts in zip((squared_x, squared_y), near):
+            counts[rows] = _row_counts(torch.lt(squared[used], radius, out=nearer[used]))
+    near_x, near_y = near.cpu().numpy()
     return near_x, near_y
+
+
+def _factors_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, d + 2] and [d + 2, N] whose product is the matrix of squared distances between samples x [N, d]."""
+    norms = x.square().sum(-1, keepdim=True)
+    ones = torch.ones_like(norms)
+    return torch.cat([-2 * x, ones, norms], dim=1), torch.cat([x, norms, ones], dim=1).T.contiguous()
 
 
 def _row_counts(mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from ib_analysis.figures.style import COLORS, PAGE_INCHES, RC, new_figure
 
@@ -52,7 +53,7 @@ def plot_plane(points: pd.DataFrame) -> Figure:
 
 def _draw_limits(axes: Axes, points: pd.DataFrame, rate: str) -> None:
     """The ceiling, zero, the null and the full cache, and random eviction between them."""
-    null, full = (points[points.family == family].iloc[0] for family in ("null", "full"))
+    null, full = (points[points.family == family].iloc[0] for family in ("null point", "full point"))
     axes.axhspan(full.ceiling_low_bits, full.ceiling_high_bits, color="0.95", zorder=0)
     axes.axhline(full.information_bits, color="0.5", linewidth=0.8, linestyle="--", label="ceiling, with its interval")
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
@@ -89,6 +90,7 @@ def plot_local_plane(local: pd.DataFrame) -> Figure:
                         ha="center",
                         fontsize=6,
                         color=color,
+                        path_effects=[withStroke(linewidth=1.5, foreground="white")],
                     )
             axes.set_title(f"layer {layer}, head {head}: {part}")
             axes.set_xlabel("I(X; T), bits per token")

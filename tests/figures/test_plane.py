@@ -22,8 +22,8 @@ POINTS = pd.DataFrame(
         ("optimal", 0.125, 2000.0, 1200.0, 1.7, 1.5, 1.8, 2.0),
         ("quantized pruning", 0.25, 4000.0, 2400.0, 1.5, 1.2, 1.6, 2.0),
         ("quantized pruning", 0.25, 3900.0, 2300.0, -9.0, -9.5, -8.0, 2.0),
-        ("null", 0.0, 200.0, 0.0, 0.0, 0.0, 0.0, 2.0),
-        ("full", 1.0, 16000.0, 12000.0, 2.0, 1.8, 2.2, 2.0),
+        ("null point", 0.0, 200.0, 0.0, 0.0, 0.0, 0.0, 2.0),
+        ("full point", 1.0, 16000.0, 12000.0, 2.0, 1.8, 2.2, 2.0),
     ],
     columns=COLUMNS,
 ).assign(best=[True, True, True, False, True, True], ceiling_low_bits=1.8, ceiling_high_bits=2.2)
