@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from ib_analysis.formats import FORMATS, RAW_BITS, get_format
-from ib_analysis.formats.packed import LENGTH_BYTES, side_nbytes
+from ib_analysis.formats.packed import RUN_BYTES, side_nbytes
 from ib_analysis.pieces import PARTS, Gathered, Part, Piece, pieces_of
 from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
 from ib_analysis.replay import Replay
@@ -128,7 +128,7 @@ def context_lengths(replays: Iterable[Replay]) -> list[int]:
 def _stored_bits(fmt: str, tier: Tier, part: Part, count: NDArray[np.int64], dim: int) -> NDArray[np.int64]:
     """Bits of runs of `count` tokens; keys carry the length of the run."""
     if part == "keys":
-        return 8 * (side_nbytes(get_format(fmt).keys, count, dim, tier.key_bits) + LENGTH_BYTES)
+        return 8 * (side_nbytes(get_format(fmt).keys, count, dim, tier.key_bits) + RUN_BYTES)
     return 8 * side_nbytes(get_format(fmt).values, count, dim, tier.value_bits)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ib_analysis as ib
+from ib_analysis.attention import cache_argument
 from ib_analysis.calibration import Replays
 from ib_analysis.episodes import make_episodes
 from ib_analysis.errors import ProfileMismatchError
@@ -132,7 +133,7 @@ def test_stored_bits_are_every_byte(embedded, full, mixed):
         ids = tokenizer(prompt.context, return_tensors="pt").input_ids
         cache = packed.cache(model)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(model, cache))
         assert found.stored_bits.iloc[-1] * ids.shape[1] / 8 == pytest.approx(cache.nbytes, abs=1e-6)
 
 

@@ -14,7 +14,7 @@ from ib_kernels.quantizer import ITEM_BYTES, RAW_BITS, MetadataRows, Quantizer, 
 from numpy.typing import NDArray
 from torch import Tensor
 
-LENGTH_BYTES = 4  # the number of tokens of a run is stored as int32
+RUN_BYTES = 8  # of a run: its number of tokens and its pair, int32 each
 
 Count = TypeVar("Count", NDArray[np.int64], Tensor)
 
@@ -63,16 +63,14 @@ class PackedTokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held, lengths included."""
+        """Bytes of all tensors held."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held: "lengths", "keys.words", "keys.scale", ..., "values.words", ...
-
-        Not the pairs of the runs, which follow from the plan of the layer.
-        """
+        """Every tensor held: "lengths", "pairs", "keys.words", "keys.scale", ..., "values.words", ..."""
         return {
             "lengths": self.lengths,
+            "pairs": self.packed.pairs,
             **{f"keys.{name}": part for name, part in self.packed.keys.items()},
             **{f"values.{name}": part for name, part in self.packed.values.items()},
         }
@@ -148,7 +146,7 @@ def tokens_nbytes(
 def tokens_nbytes(
     format_name: str, tokens: int | NDArray[np.integer[Any]], head_dim: int, key_bits: int, value_bits: int
 ) -> int | NDArray[np.int64]:
-    """Exact bytes of one run of `tokens` tokens in `PackedTokens`, its 4-byte length included.
+    """Exact bytes of one run of `tokens` tokens in `PackedTokens`, its length and pair included.
 
     `tokens` may be an integer array, for the bytes of one run of each count.
     Raises ValueError for an unknown format or precision, or for counts that are negative or no integers.
@@ -159,11 +157,11 @@ def tokens_nbytes(
     fmt = get_format(format_name)
     counts = counts.astype(np.int64)
     nbytes = side_nbytes(fmt.keys, counts, head_dim, key_bits) + side_nbytes(fmt.values, counts, head_dim, value_bits)
-    return nbytes + LENGTH_BYTES if isinstance(tokens, np.ndarray) else int(nbytes) + LENGTH_BYTES
+    return nbytes + RUN_BYTES if isinstance(tokens, np.ndarray) else int(nbytes) + RUN_BYTES
 
 
 def side_nbytes(quantizer: Quantizer, tokens: NDArray[np.int64], head_dim: int, bits: int) -> NDArray[np.int64]:
-    """Exact bytes of the keys, or of the values, of one run of each number of tokens, its length left out."""
+    """Exact bytes of the keys, or of the values, of one run of each number of tokens, its length and pair left out."""
     check_precision(bits)
     total = np.zeros_like(tokens)
     for rows in layout(quantizer, bits, head_dim).values():

@@ -157,7 +157,7 @@ def test_sixteen_bits_is_raw_storage(name, dtype):
     unpacked_keys, unpacked_values = packed.unpack()
     assert torch.equal(unpacked_keys, keys.to(dtype).float())
     assert torch.equal(unpacked_values, values.to(dtype).float())
-    assert packed.nbytes == 2 * 38 * 32 * 2 + 2 * 4
+    assert packed.nbytes == 2 * 38 * 32 * 2 + 2 * 8
     assert torch.equal(roundtrip_keys(name, keys, torch.tensor([5, 33]), 16, dtype), unpacked_keys)
 
 
@@ -197,12 +197,12 @@ def test_round_trip_of_nothing(name, bits, lengths):
 @pytest.mark.parametrize(
     ("name", "tokens", "head_dim", "key_bits", "value_bits", "expected"),
     [
-        ("kivi", 0, 64, 4, 4, 4),
-        ("kivi", 33, 64, 2, 4, 4 + 33 * 16 + 2 * 64 * 4 + 33 * 32 + 33 * 2 * 4),
-        ("kivi", 32, 20, 3, 16, 4 + 32 * 12 + 20 * 4 + 32 * 40),
-        ("rotated", 0, 64, 4, 4, 4 + 128),
-        ("rotated", 33, 64, 2, 4, 4 + 33 * (16 + 2) + 128 + 33 * (32 + 2)),
-        ("rotated", 5, 64, 16, 16, 4 + 2 * 5 * 128),
+        ("kivi", 0, 64, 4, 4, 8),
+        ("kivi", 33, 64, 2, 4, 8 + 33 * 16 + 2 * 64 * 4 + 33 * 32 + 33 * 2 * 4),
+        ("kivi", 32, 20, 3, 16, 8 + 32 * 12 + 20 * 4 + 32 * 40),
+        ("rotated", 0, 64, 4, 4, 8 + 128),
+        ("rotated", 33, 64, 2, 4, 8 + 33 * (16 + 2) + 128 + 33 * (32 + 2)),
+        ("rotated", 5, 64, 16, 16, 8 + 2 * 5 * 128),
     ],
 )
 def test_bytes_of_a_run(name, tokens, head_dim, key_bits, value_bits, expected):
