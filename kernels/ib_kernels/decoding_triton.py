@@ -98,6 +98,7 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     odd = head_dim & (head_dim - 1) != 0
     if not selected["KIVI"]:
         few = selected["M"] == 8 and not (odd or selected["SOFTCAP"] or 8 in bits or (3 in bits and head_dim > 128))
+        few &= head_dim >= 128 or capability < 100
         least = 200 if 3 in bits else 184 if capability >= 100 else 168
         return {"num_warps": 1, "num_stages": 2, "maxnreg": least if few else 255}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
