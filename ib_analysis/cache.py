@@ -163,8 +163,9 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         """While the cache is shorter than its sinks, every token becomes one."""
         grown = sinks - self._sink_count
         if grown > 0:
-            if self.sink_mask is not None:
-                self.sink_mask = visible[:, 0, -1, :sinks].clone()
+            assert self.keys is not None
+            seen = visible[:, 0, -1, :sinks].expand(self.keys.shape[0], -1)
+            self.sink_mask = None if bool(seen.all()) else seen.clone()
             self.start += grown
 
     def _pack(self, leaving: Tensor, scores: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ib_analysis.attention import cache_argument, use_attention
-from ib_analysis.cache import CompressedCache
+from ib_analysis.attention import cache_argument, causal_mask, full_attention, use_attention
+from ib_analysis.cache import CompressedCache, CompressedLayer
 from ib_analysis.plan import HeadPlan, Pinned, Tier, plans_nbytes
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
@@ -323,3 +323,21 @@ def test_sequences_in_another_order_continue_as_they_were():
             ]
         logits.append(torch.cat(steps, dim=1))
     torch.testing.assert_close(logits[1], logits[0][order], atol=1e-4, rtol=0)
+
+
+def test_padding_that_comes_after_a_short_first_block_is_not_seen():
+    """A block shorter than the sinks, then one with padding in front: that padding takes the place of sinks."""
+    torch.manual_seed(0)
+    attended = torch.nn.Module()
+    attended.num_key_value_groups, attended.is_causal = 1, True
+    layer = CompressedLayer((HeadPlan("kivi", (Tier(1.0, 16, 16),)),), Pinned(2, 8, 7), SCORERS["value_aware"])
+    keys, values, seen = torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), torch.zeros(1, 0, dtype=torch.bool)
+    for length, pads in ((1, 0), (13, 6), (5, 0)):
+        query, *new = torch.randn(3, 1, 1, length, 16).half().float()
+        keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
+        seen = torch.cat([seen, torch.arange(length)[None] >= pads], 1)
+        mask = causal_mask(length, keys.shape[2], keys.device) & seen[:, None, None]
+        layer.update(*new)
+        out = layer.attend(attended, query, mask, 0.25, {})
+        expected = full_attention(attended, query, keys, values, mask, 0.25, {})
+        torch.testing.assert_close(out[:, :, pads:], expected[:, :, pads:], atol=2e-3, rtol=2e-3)

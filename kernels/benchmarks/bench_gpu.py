@@ -9,7 +9,7 @@ sizes under Triton's interpreter, without a GPU: its times mean nothing.
 
 Modules that import Triton are imported late, because it looks then whether it shall interpret.
 
-Exits with 0 if every target is met, 1 if one is missed or a kernel is wrong, 2 without a GPU.
+Exits with 0 if every target is met, 1 if one is missed or a kernel is wrong or fails, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from results import Measured, Row, Task
 
 PARTS = ("bandwidth", "attention", "packing", "decode")
+FAILED = "failed:"
 NO_GPU = "there is no CUDA GPU here: run this on a machine that has one, or with --smoke to see that the program works"
 
 
@@ -65,8 +66,9 @@ def run(parts: tuple[str, ...], csv: Path, table: Path, seconds: float, smoke: b
     rows = read(csv, device_name())
     table.write_text(markdown(rows))
     missed = [ratio for ratio in ratios(rows) if ratio.verdict == "FAIL"]
-    print(f"{len(rows)} results in {csv}, {len(missed)} targets missed; the table is {table}")
-    return 1 if missed else 0
+    failed = [row for row in rows if row.note.startswith(FAILED)]
+    print(f"{len(rows)} results in {csv}, {len(missed)} targets missed, {len(failed)} failed; the table is {table}")
+    return 1 if missed or any("bits" in row.method for row in failed) else 0
 
 
 def measure(part: str, csv: Path, smoke: bool, end: float) -> Iterator[Row]:
@@ -89,6 +91,8 @@ def measure(part: str, csv: Path, smoke: bool, end: float) -> Iterator[Row]:
             measured = Measured(nan, 0, note=str(error))
         except torch.OutOfMemoryError:
             measured = Measured(nan, 0, note="out of memory")
+        except Exception as error:  # of a baseline, say: the others are still worth measuring
+            measured = Measured(nan, 0, note=f"{FAILED} {NotRunError(error)}")
         row = Row.of(device_name(), task, measured)
         append(csv, row)
         yield row

@@ -105,8 +105,8 @@ def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | N
 
 def _merge_by_pair(outs: list[Tensor], lses: list[Tensor], owners: list[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
     """Merge outs [S, R, D] with log-sum-exps [S, R], of the pairs `owners` [S], to one for each pair of the query."""
-    merged = torch.zeros(query.shape, device=query.device)
-    top = torch.full(query.shape[:2], -torch.inf, device=query.device)
+    merged = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
+    top = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
     if not outs:
         return merged, top
     pairs, lse = torch.cat(owners), torch.cat(lses)
@@ -145,25 +145,28 @@ def packed_attention_triton(
         _check_lengths(parts, pairs)
         step = plan(parts, pairs, query.device)
     _check_step(step, parts, query)
-    partial = torch.empty(step.rotated.shape[0], rows, head_dim, device=query.device)
-    partial_lse = torch.empty(step.rotated.shape[0], rows, device=query.device)
-    for part, items in zip(parts, step.items, strict=True):
-        if part.key_bits == RAW_BITS:
-            keys, values = part.keys["words"], part.values["words"]
-            raw_attention_triton.attend_items(query, keys, values, part.pairs, items, partial, partial_lse, scaling, softcap)
-        elif is_rotated(part):
-            rotated, shifts = rotation_triton.rotate_query(part, query)
-            decoding_triton.attend(part, rotated, shifts, items, partial, partial_lse, scaling, softcap)
-        else:
-            decoding_triton.attend(part, query, query, items, partial, partial_lse, scaling, softcap)
-    seen = window is not None and window.keys.shape[1] > 0
-    if window is not None and seen:
-        raw_attention_triton.attend_window(
-            query, window.keys, window.values, window.mask, step.slots, partial, partial_lse, scaling, softcap
-        )
-    out = torch.empty(pairs, rows, head_dim, device=query.device)
-    lse = torch.empty(pairs, rows, device=query.device)
-    merge_triton.merge_slots(step, partial, partial_lse, bias, seen, out, lse)
+    floats = {"dtype": torch.float32, "device": query.device}
+    partial, partial_lse = (
+        torch.empty(len(step.rotated), rows, head_dim, **floats),
+        torch.empty(len(step.rotated), rows, **floats),
+    )
+    out, lse = torch.empty(pairs, rows, head_dim, **floats), torch.empty(pairs, rows, **floats)
+    with torch.cuda.device_of(query):  # Triton launches on the current GPU
+        for part, items in zip(parts, step.items, strict=True):
+            if part.key_bits == RAW_BITS:
+                keys, values = part.keys["words"], part.values["words"]
+                raw_attention_triton.attend_items(query, keys, values, part.pairs, items, partial, partial_lse, scaling, softcap)
+            elif is_rotated(part):
+                rotated, shifts = rotation_triton.rotate_query(part, query)
+                decoding_triton.attend(part, rotated, shifts, items, partial, partial_lse, scaling, softcap)
+            else:
+                decoding_triton.attend(part, query, query, items, partial, partial_lse, scaling, softcap)
+        seen = window is not None and window.keys.shape[1] > 0
+        if window is not None and seen:
+            raw_attention_triton.attend_window(
+                query, window.keys, window.values, window.mask, step.slots, partial, partial_lse, scaling, softcap
+            )
+        merge_triton.merge_slots(step, partial, partial_lse, bias, seen, out, lse)
     return out, lse
 
 
@@ -202,6 +205,9 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
     """What the kernels cannot do. Nothing is computed from it."""
     if query.dtype not in KERNEL_DTYPES:
         raise ValueError(f"the GPU kernels take a query of {list(KERNEL_DTYPES)}, got {query.dtype}")
+    held = [query] if window is None else [query, window.keys, window.values]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+        raise ValueError("the GPU kernels have no gradients: call under torch.no_grad(), or pass backend='reference'")
     check_kernel(query.shape[2], "", RAW_BITS, RAW_BITS)
     for part in parts:
         check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)

@@ -25,8 +25,8 @@ def read_query(
 ):
     """Query rows of every tile: fp16 [C, M] each, and what fp16 drops of them if SPLIT, else the same again; and a unit.
 
-    The unit, a power of two, is what kivi query rows are divided by: they are below 32 then, and fp16 holds their products
-    with key scales up to 2047.
+    The unit, a power of two, is what kivi query rows are divided by: they are below 1 then, and fp16 holds their products with
+    any key scale.
     """
     unit = 1.0
     if KIVI:
@@ -36,7 +36,7 @@ def read_query(
             for i in tl.static_range(F):
                 q = read_tile(query, rows, live, i * T + x, x < T, D)
                 largest = tl.maximum(largest, tl.max(tl.max(tl.abs(q), 0), 0))
-        unit = tl.exp2(exponent(largest) - 4.0)
+        unit = tl.exp2(exponent(largest) + 1.0)
     high = ()
     low = ()
     for h in tl.static_range(H):

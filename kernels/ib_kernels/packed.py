@@ -91,10 +91,11 @@ def unpack_tokens_triton(packed: Packed) -> tuple[Tensor, Tensor]:
     if not all(tensor.is_contiguous() for tensor in packed.tensors):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
     sides = ((packed.keys, packed.key_bits, True), (packed.values, packed.value_bits, False))
-    if packed.format == "kivi":
-        keys, values = (kivi_triton.unpack(part, packed.lengths, packed.head_dim, bits, k) for part, bits, k in sides)
-    else:
-        keys, values = (rotated_triton.unpack(part, packed.lengths, packed.head_dim, bits) for part, bits, _ in sides)
+    with torch.cuda.device_of(packed.lengths):  # Triton launches on the current GPU
+        if packed.format == "kivi":
+            keys, values = (kivi_triton.unpack(part, packed.lengths, packed.head_dim, bits, k) for part, bits, k in sides)
+        else:
+            keys, values = (rotated_triton.unpack(part, packed.lengths, packed.head_dim, bits) for part, bits, _ in sides)
     return keys, values
 
 

@@ -91,12 +91,13 @@ def quantize_pack_triton(
     from ib_kernels import kivi_triton, rotated_triton
 
     check_kernel(keys.shape[3], fmt, key_bits, value_bits)
-    if fmt == "kivi":
-        key_parts = kivi_triton.pack_keys(keys, rows, lengths, key_bits)
-        return key_parts, kivi_triton.pack_values(values, rows, lengths, value_bits)
-    centre = rotated_triton.centre(keys, rows, lengths) if centre is None else centre
-    key_parts = rotated_triton.pack(keys, rows, lengths, key_bits, centre)
-    return key_parts, rotated_triton.pack(values, rows, lengths, value_bits, None)
+    with torch.cuda.device_of(keys):  # Triton launches on the current GPU
+        if fmt == "kivi":
+            key_parts = kivi_triton.pack_keys(keys, rows, lengths, key_bits)
+            return key_parts, kivi_triton.pack_values(values, rows, lengths, value_bits)
+        centre = rotated_triton.centre(keys, rows, lengths) if centre is None else centre
+        key_parts = rotated_triton.pack(keys, rows, lengths, key_bits, centre)
+        return key_parts, rotated_triton.pack(values, rows, lengths, value_bits, None)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ def _slots(pairs: Tensor, counts: Tensor, pair_count: int) -> tuple[Tensor, Tens
 
 
 def _items(lengths: Tensor, size: Tensor, counts: Tensor, first_slot: Tensor, width: int) -> Tensor:
+    if lengths.shape[0] == 0:
+        return torch.zeros(width, FIELDS, dtype=torch.int32, device=lengths.device)
     item = torch.arange(width, device=lengths.device)
     run = torch.searchsorted(counts.cumsum(0), item, right=True).clamp(max=lengths.shape[0] - 1)
     piece = item - ragged.starts(counts)[run]

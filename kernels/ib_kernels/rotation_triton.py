@@ -18,8 +18,8 @@ def rotate_query(packed: Packed, query: Tensor) -> tuple[Tensor, Tensor]:
     minus 2**(bits - 1), whose levels are at their middle; the second is the product with the centre.
     """
     runs, rows = packed.lengths.shape[0], query.shape[1]
-    rotated = torch.empty(runs, rows, packed.head_dim, device=query.device)
-    shifts = torch.empty(runs, rows, 2, device=query.device)
+    rotated = torch.empty(runs, rows, packed.head_dim, dtype=torch.float32, device=query.device)
+    shifts = torch.empty(runs, rows, 2, dtype=torch.float32, device=query.device)
     rotate_query_kernel[(runs, rows)](
         query, packed.pairs, packed.keys["centre"], rotated, shifts, rows, **constants(packed.head_dim), **OPTIONS
     )

@@ -31,7 +31,7 @@ def value_aware_scores(query: Tensor, keys: Tensor, values: Tensor, valid: Tenso
     rows = query.float().reshape(batch, kv_heads, -1, head_dim) * scaling  # [B, H_kv, G * W, D]
     chunk = max(1, CHUNK_BYTES // (4 * rows[..., 0].numel()))
     chunks = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)]
-    lse = torch.full(rows.shape[:3], -torch.inf, device=rows.device)
+    lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.float32, device=rows.device)
     output = torch.zeros_like(rows)
     for part in chunks:
         logits = _logits(rows, keys, valid, part, window)
@@ -41,7 +41,7 @@ def value_aware_scores(query: Tensor, keys: Tensor, values: Tensor, valid: Tenso
         weights = logits.sub_(shift[..., None]).exp_()  # [B, H_kv, G * W, chunk]
         output += weights @ values[:, :, part].float()
         lse = joint
-    scores = torch.empty(batch, kv_heads, tokens, device=rows.device)
+    scores = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=rows.device)
     shift = lse.masked_fill(lse == -torch.inf, 0.0)
     output_norm = output.square().sum(-1, keepdim=True)
     for part in chunks:

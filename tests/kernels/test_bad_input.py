@@ -98,6 +98,11 @@ def test_attention_refuses(query, window, bias, message):
         packed_attention_triton_as_called(query, [pack()], window, bias)
 
 
+def test_attention_refuses_to_drop_gradients():
+    with pytest.raises(ValueError, match="no gradients"):
+        packed_attention_triton(QUERY.clone().requires_grad_(), [pack()], WINDOW, 1.0)
+
+
 def packed_attention_triton_as_called(query, parts, window, bias):
     """The checks of `packed_attention` come first, as on a GPU."""
     from ib_kernels import decoding

@@ -50,6 +50,17 @@ def test_stops_when_its_time_is_over(tmp_path, capsys):
     assert "run again" in capsys.readouterr().out
 
 
+def test_one_failure_does_not_end_the_others(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("no such | kernel")
+
+    some = [Task("packing", "case", name, run) for name, run in (("copy", broken), ("kivi 4 bits", lambda: Measured(1.0, 8)))]
+    monkeypatch.setattr(bench_gpu, "tasks", lambda part, smoke: iter(some))
+    first, second = bench_gpu.measure("packing", tmp_path / "gpu.csv", smoke=True, end=math.inf)
+    assert first.note == "failed: no such / kernel" and math.isnan(first.milliseconds)
+    assert second.milliseconds == 1.0
+
+
 def row(method, milliseconds, nbytes=10**8, part="attention", case=LLAMA, device="H100"):
     measured = Measured(milliseconds, nbytes)
     return Row.of(device, Task(part, case, method, lambda: measured), measured)

@@ -56,6 +56,16 @@ def test_any_query_computes_in_float32(make_packed, exact_attention, dtype):
     assert_exact(result, exact_attention(query, [part], None, 0.2))
 
 
+def test_the_default_dtype_does_not_show(make_packed, exact_attention):
+    part, query = make_packed("kivi", [20, 3], 32), torch.randn(2, 4, 32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = packed_attention(query, [part], None, 0.2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_exact(result, exact_attention(query, [part], None, 0.2))
+
+
 @pytest.mark.parametrize(
     ("window", "message"),
     [

@@ -62,6 +62,12 @@ def test_shapes_do_not_depend_on_lengths(lengths, others, items):
     assert len({step.slots.shape for step in steps}) == 1
 
 
+def test_a_part_without_runs_has_no_work():
+    step = plan([packed("rotated", [])], 3, CPU, items=5)
+    assert step.items[0].shape == (5, 5) and not step.items[0].any()
+    assert step.slots.tolist() == [0, 1, 2, 3]
+
+
 def test_skewed_lengths_give_pieces_of_one_size():
     part = packed("kivi", [20000, 300, 300, 300])
     tokens = plan([part], 4, CPU, items=100).items[0][:, 1]

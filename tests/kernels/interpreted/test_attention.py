@@ -192,3 +192,23 @@ def test_scaled_queries_do_not_overflow(make_packed, exact_attention, attend):
     query = random_query(2, 4, 64) * 1000
     assert query.float().abs().max() * packed.keys["scale"].float().max() > 65504
     assert_close(attend(query, [packed], None, 1e-4), exact_attention(query, [packed], None, 1e-4))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_any_key_scale(make_packed, exact_attention, attend, bits):
+    """Up to the largest that fp16 keys have; an offset in all keys drops out of the softmax."""
+    packed = make_packed("kivi", [40, 64], 64, bits, bits, outlier=25000.0)
+    assert packed.keys["scale"].max() > 2047 * 4 / bits
+    query = random_query(2, 4, 64)
+    assert_close(attend(query, [packed], None, 1e-5), exact_attention(query, [packed], None, 1e-5))
+
+
+def test_the_default_dtype_does_not_show(make_packed, exact_attention, attend):
+    parts = [make_packed("kivi", [40, 3], 64), make_packed("rotated", [5, 33], 64)]
+    query = random_query(2, 4, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        result = attend(query, parts, None, 0.125)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(result, exact_attention(query, parts, None, 0.125))
