@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,8 +329,7 @@ def test_sequences_in_another_order_continue_as_they_were():
 def test_padding_that_comes_after_a_short_first_block_is_not_seen():
     """A block shorter than the sinks, then one with padding in front: that padding takes the place of sinks."""
     torch.manual_seed(0)
-    attended = torch.nn.Module()
-    attended.num_key_value_groups, attended.is_causal = 1, True
+    attended = SimpleNamespace(num_key_value_groups=1, is_causal=True)
     layer = CompressedLayer((HeadPlan("kivi", (Tier(1.0, 16, 16),)),), Pinned(2, 8, 7), SCORERS["value_aware"])
     keys, values, seen = torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), torch.zeros(1, 0, dtype=torch.bool)
     for length, pads in ((1, 0), (13, 6), (5, 0)):

@@ -145,12 +145,11 @@ def packed_attention_triton(
         _check_lengths(parts, pairs)
         step = plan(parts, pairs, query.device)
     _check_step(step, parts, query)
-    floats = {"dtype": torch.float32, "device": query.device}
-    partial, partial_lse = (
-        torch.empty(len(step.rotated), rows, head_dim, **floats),
-        torch.empty(len(step.rotated), rows, **floats),
-    )
-    out, lse = torch.empty(pairs, rows, head_dim, **floats), torch.empty(pairs, rows, **floats)
+    device, slots = query.device, step.rotated.shape[0]
+    partial = torch.empty(slots, rows, head_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(slots, rows, dtype=torch.float32, device=device)
+    out = torch.empty(pairs, rows, head_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(pairs, rows, dtype=torch.float32, device=device)
     with torch.cuda.device_of(query):  # Triton launches on the current GPU
         for part, items in zip(parts, step.items, strict=True):
             if part.key_bits == RAW_BITS:
