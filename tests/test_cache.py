@@ -2,7 +2,6 @@
 
 import gc
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,7 +328,8 @@ def test_sequences_in_another_order_continue_as_they_were():
 def test_padding_that_comes_after_a_short_first_block_is_not_seen():
     """A block shorter than the sinks, then one with padding in front: that padding takes the place of sinks."""
     torch.manual_seed(0)
-    attended = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+    attended = torch.nn.Module()
+    vars(attended).update(num_key_value_groups=1, is_causal=True)
     layer = CompressedLayer((HeadPlan("kivi", (Tier(1.0, 16, 16),)),), Pinned(2, 8, 7), SCORERS["value_aware"])
     keys, values, seen = torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), torch.zeros(1, 0, dtype=torch.bool)
     for length, pads in ((1, 0), (13, 6), (5, 0)):
