@@ -14,6 +14,7 @@ from ib_analysis.plan import Plans
 
 RESAMPLES = 2000
 LEVEL = 95  # percent
+ROUNDING = 1e-9  # of sums in another order
 FIRST_PARTS = (16, 8, 4, 2, 1)  # of the prompts, after which plans are dropped
 
 
@@ -106,13 +107,17 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
     A plan is dropped as soon as it has lost more on some prompts than another loses on all of them: no loss is negative, so
     the answer is exact, yet most plans are measured on few prompts.
     """
-    losses = np.zeros(len(plans))
-    alive, done = np.arange(len(plans)), 0
+    if len(plans) == 1:
+        return 0
+    losses, alive, done = np.zeros(len(plans)), np.arange(len(plans)), 0
+    totals: dict[int, float] = {}  # of plans measured on all prompts
     for stop in sorted({-(-len(replays) // part) for part in FIRST_PARTS}):
         losses[alive] += replays.measure([plans[i] for i in alive.tolist()], show, done, stop)[0].sum(0)
         leader = int(alive[losses[alive].argmin()])
-        rest = replays.measure([plans[leader]], first=stop)[0].sum() if stop < len(replays) else 0.0
-        alive, done = alive[losses[alive] <= losses[leader] + rest], stop
+        if leader not in totals and stop < len(replays):
+            totals[leader] = losses[leader] + replays.measure([plans[leader]], first=stop)[0].sum()
+        least = min(totals.values(), default=np.inf) * (1 + ROUNDING)
+        alive, done = alive[losses[alive] <= least], stop
     return int(alive[losses[alive].argmin()])
 
 
