@@ -129,7 +129,8 @@ def test_the_curve_falls(allocations):
 
 def test_whole_budget_is_the_full_cache(embedded):
     model, _ = embedded
-    allocation = optimal_allocation(model, 1.0)
+    allocation = optimal_allocation(model, 1.0, objective="gaussian")
+    assert allocation.objective == "gaussian"
     assert allocation.is_full and allocation.minimum_context == 1
     ids = torch.randint(3, 2000, (1, 50))
     with torch.no_grad():
@@ -193,6 +194,11 @@ def test_a_16_bit_model(dtype, small_llama, small_prompts):
     table = information(model, found, small_prompts)
     assert table.usable_bits.iloc[-1] == pytest.approx(found.retained_bits, rel=0.5)
     assert table.dithered_bits.iloc[-1] > 0 and table.code_rate_bits.iloc[-1] > 0
+
+
+def test_prompts_that_are_no_tensors(small_llama, small_prompts):
+    with pytest.raises(CalibrationError, match=r"prompt 0 is ndarray"):
+        optimal_allocation(small_llama, 1 / 4, prompts=[prompt.numpy() for prompt in small_prompts])
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, float("nan"), 2, "12", None, True, "1/0"])
