@@ -88,7 +88,8 @@ def optimal_allocation(
             `ib_analysis.objectives.OBJECTIVES` says of the cache itself. These are cheap, but they do not know what the
             model does with a cache: `ib-analysis objectives` shows what that costs. No uniform cell stands in for them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
-        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
+            if prompts, scorer and pinned tokens (which the budget decides) are the same.
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """

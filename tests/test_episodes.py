@@ -86,7 +86,7 @@ def test_bad_prompts(embedded, prompts, said):
     [
         (Prompt("x", "a context", ()), "no turns"),
         (Prompt("x", "a context", (("question", "answer"), ("question", ""))), "empty answer in turn 1"),
-        (Prompt("x", "", (("question", "answer"),)), "empty context"),
+        (Prompt("x", "", (("question", "answer"),)), "a context of 0 tokens"),
     ],
 )
 def test_empty_parts(embedded, prompt, said):
