@@ -108,13 +108,9 @@ def _check(draft: _Draft, number: int, model: PreTrainedModel) -> None:
         raise CalibrationError(f"{name} has no turns: pass at least one (question, answer)")
     for turn, (_, answer) in enumerate(draft.turns):
         if not answer:
-            raise CalibrationError(
-                f"{name} has an empty answer in turn {turn}: pass one, its length is that of what is predicted"
-            )
+            raise CalibrationError(f"{name} has an empty answer in turn {turn}: pass one, as long as what is predicted")
     if not draft.context or len(draft.context) + len(draft.turns[0][0]) < 2:
-        raise CalibrationError(
-            f"{name} has a context of {len(draft.context)} tokens: pass a longer one, it is what is compressed"
-        )
+        raise CalibrationError(f"{name} has a context of {len(draft.context)} tokens: pass a longer one, for it is compressed")
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = [*draft.context, *(token for turn in draft.turns for part in turn for token in part)]
     wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
