@@ -17,10 +17,10 @@ from ib_analysis.attention import use_attention
 from ib_analysis.cache import CompressedCache
 from ib_analysis.calibration import Replays
 from ib_analysis.episodes import make_episodes
-from ib_analysis.errors import BudgetError, ProfileMismatchError
+from ib_analysis.errors import BudgetError, CorruptFileError, ProfileMismatchError
 from ib_analysis.figures.heads import head_table, plot_heads
 from ib_analysis.figures.style import save_figure
-from ib_analysis.files import read_sealed_json, sealed_json, write_whole
+from ib_analysis.files import number_from_json, read_sealed_json, sealed_json, write_whole
 from ib_analysis.measurement import Measurement, measure_plans
 from ib_analysis.plan import Pinned, Plans, plans_nbytes
 from ib_analysis.profile import check_fingerprint, plan_from_json
@@ -29,6 +29,7 @@ from ib_analysis.shape import CacheShape, LayerShape
 from ib_analysis.tasks import Prompt
 
 VERSION = 1
+NUMBERS = ("price_sum_bits", "predicted_loss_bits", "solver_gap", "dual_bound")  # that may be NaN, null in JSON
 LONGEST = 8  # budgets are checked up to this many times the calibrated context length
 
 
@@ -86,9 +87,10 @@ class Allocation:
         return float("nan") if self.validation is None else self.validation.retained_share
 
     def nbytes(self, context_length: int) -> int:
-        """Exact bytes of one sequence's cache at a length in tokens, sliding-window layers left out."""
-        if self.is_full:
-            return context_length * self.shape.bytes_per_token
+        """Exact bytes of one sequence's cache at a length in tokens, sliding-window layers left out.
+
+        A layer that is not compressed counts 16 bits an element; in a float32 model it really holds 32.
+        """
         return int(plans_nbytes(self.shape, self.plans, self.pinned, int(context_length)))
 
     @property
@@ -114,13 +116,16 @@ class Allocation:
         """One row for each tier of each head: format, share of tokens, bits, bytes at the calibrated context length."""
         tokens = self.pinned.compressible(self.context_length)
         rows = []
-        for i, layer in enumerate(self.plans):
-            for h, plan in enumerate(layer or ()):
-                nbytes = plan.nbytes(tokens, self.shape.layers[i].head_dim)
-                for t, tier in enumerate(plan.tiers):
-                    rows.append((i, h, t, plan.format, tier.share, tier.key_bits, tier.value_bits, nbytes))
-                if not plan.tiers:
-                    rows.append((i, h, 0, "evicted", 0.0, 0, 0, 0))
+        for i, h in self.shape.heads:
+            layer, row = self.shape.layers[i], self.plans[i]
+            if row is None:
+                rows.append((i, h, 0, "full", 1.0, 16, 16, tokens * layer.bytes_per_token // layer.kv_heads))
+                continue
+            nbytes = row[h].nbytes(tokens, layer.head_dim)
+            for t, tier in enumerate(row[h].tiers):
+                rows.append((i, h, t, row[h].format, tier.share, tier.key_bits, tier.value_bits, nbytes))
+            if not row[h].tiers:
+                rows.append((i, h, 0, "evicted", 0.0, 0, 0, 0))
         columns = ["layer", "head", "tier", "format", "token_share", "key_bits", "value_bits", "head_bytes"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -164,21 +169,30 @@ class Allocation:
     def from_json(cls, source: str | Path) -> Allocation:
         """Reads the text, or the file, that `to_json` wrote.
 
-        Raises CorruptFileError if it was cut or edited, ProfileMismatchError for another schema version.
+        Raises CorruptFileError if it was cut or edited, ProfileMismatchError for another schema version or other fields,
+        FileNotFoundError if no such file exists.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if is_text else Path(source).read_text()
-        content = read_sealed_json(text, "the allocation" if is_text else str(source))
+        is_text = isinstance(source, str) and source.lstrip()[:1] in ("", "{")
+        name = "the allocation" if is_text else str(source)
+        content = read_sealed_json(str(source) if is_text else _read_text(Path(source)), name)
         if content.pop("schema", None) != VERSION:
-            raise ProfileMismatchError(f"the allocation has another schema version than {VERSION}: optimise again")
+            raise ProfileMismatchError(f"{name} has another schema version than {VERSION}: optimise again")
+        try:
+            return cls._from_content(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProfileMismatchError(f"{name} has other fields than an allocation ({error}): optimise again") from error
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Allocation:
         return cls(
             **{
                 **content,
+                **{name: number_from_json(content[name]) for name in NUMBERS},
                 "shape": CacheShape(tuple(LayerShape(**layer) for layer in content["shape"])),
                 "plans": tuple(None if row is None else tuple(plan_from_json(plan) for plan in row) for row in content["plans"]),
                 "pinned": Pinned(**content["pinned"]),
                 "validation": Measurement.from_json(content["validation"]),
-                "budget_curve": tuple((share, loss) for share, loss in content["budget_curve"]),
+                "budget_curve": tuple((share, number_from_json(loss)) for share, loss in content["budget_curve"]),
             }
         )
 
@@ -187,17 +201,25 @@ class Allocation:
         lines = [
             f"{self.source}: {self.budget_share:.4g} of the 16-bit cache, {self.nbytes(length):,} bytes at {length} tokens "
             f"(from {self.minimum_context} tokens on)",
-            f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
-            f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
-            f"predicted loss {self.predicted_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
-            f"{self.price_sum_bits:.4g}, dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
         ]
+        if self.is_full:
+            lines.append("nothing is compressed")
+        else:
+            lines += self._compression_text()
         if self.validation is not None:
             lines.append(f"measured: {self.validation}, model error {self.model_error:.2f}")
         sliding = [i for i, layer in enumerate(self.shape.layers) if layer.sliding_window]
         if sliding:
             lines.append(f"layers {sliding} have a sliding window and stay at full precision")
-        return "\n".join([*lines, self.table().to_string(index=False)])
+        return "\n".join(lines if self.is_full else [*lines, self.table().to_string(index=False)])
+
+    def _compression_text(self) -> list[str]:
+        return [
+            f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
+            f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
+            f"predicted loss {self.predicted_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
+            f"{self.price_sum_bits:.4g}, dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
+        ]
 
 
 def minimum_context(shape: CacheShape, plans: Plans, pinned: Pinned, share: float, context_length: int) -> int:
@@ -206,13 +228,20 @@ def minimum_context(shape: CacheShape, plans: Plans, pinned: Pinned, share: floa
     Checked up to eight times the context length; beyond, the fixed costs are an ever smaller share.
     Raises BudgetError if the cache does not fit even there.
     """
-    if all(row is None for row in plans):
-        return 1
     lengths = np.arange(1, LONGEST * context_length + 1)
     over = np.flatnonzero(plans_nbytes(shape, plans, pinned, lengths) > share * shape.bytes_per_token * lengths)
     if len(over) and over[-1] == len(lengths) - 1:
         raise BudgetError(f"the plans exceed {share:.4g} of the full cache even at {len(lengths)} tokens")
     return int(lengths[over[-1]]) + 1 if len(over) else 1
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: pass the allocation.json in it")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path} is no text, so no allocation ({error}): write it again") from error
 
 
 def _finite(content: Any) -> Any:

@@ -27,6 +27,7 @@ MOST_ROUNDS = 200
 SETTLED = 0.02
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
+SAME = ("model", "shape", "pinned", "scorer", "settings", "options")  # of a profile that is used again
 DIGESTED = 256  # elements of each weight
 PINNED_SHARE = 1 / 4  # of the budget, at most
 MOST_SINKS, MOST_WINDOW, MOST_FLUSH = 4, 32, 16
@@ -99,15 +100,16 @@ def calibrate(
 ) -> Profile:
     """A profile with gradient prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
-    `settings` say how the prompts were made; a file with other settings is overwritten.
+    `settings` say how the prompts were made; a file with other settings, scorer or pinned tokens is overwritten.
     """
     profile = _new_profile(replays, model, pinned, scorer, settings | {"seed": seed, "weights": weights_digest(model)})
     if path is not None and path.exists():
         found = Profile.load(path)
-        if (found.model, found.settings, found.options) == (profile.model, profile.settings, profile.options):
+        if all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
+    known = profile.priced
     for number, replay in enumerate(tqdm(replays, desc="pricing", leave=False)):
-        if number < profile.priced:
+        if number < known:
             continue
         generator = torch.Generator(device=model.device).manual_seed(seed * 1_000_003 + number)
         prices = gradient_prices(replay, profile.options, generator).cpu().numpy()
@@ -117,6 +119,8 @@ def calibrate(
         profile.priced = number + 1
         if path is not None and profile.priced % SAVE_EVERY == 0:
             profile.save(path)
+    if path is not None and profile.priced > known:
+        profile.save(path)
     return profile
 
 

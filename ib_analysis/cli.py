@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 
 def main() -> None:
-    """Runs one command. An error of this package is one line on stderr and exit status 2."""
+    """Runs one command. An error of this package, or of a file, is one line on stderr and exit status 2."""
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
-    except (IBAnalysisError, FileNotFoundError) as error:
+    except (IBAnalysisError, OSError) as error:
         print(f"ib-analysis: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="four budgets on the embedded model, measured on held-out prompts")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (out/demo)")
     demo.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
-    demo.set_defaults(run=lambda arguments: run(arguments.out, not arguments.question_agnostic))
+    demo.set_defaults(run=_demo)
 
     allocate = commands.add_parser("allocate", help="find the optimal allocation of a model's cache")
     _add_model(allocate)
@@ -89,9 +90,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub name; by default the embedded model")
 
 
+def _demo(arguments: argparse.Namespace) -> None:
+    make_folder(arguments.out)
+    run(arguments.out, not arguments.question_agnostic)
+
+
 def _allocate(arguments: argparse.Namespace) -> None:
     budget = parse_budget(arguments.budget)
     prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
     allocation = optimal_allocation(
         model,
@@ -112,6 +119,7 @@ def _allocate(arguments: argparse.Namespace) -> None:
 
 def _plane(arguments: argparse.Namespace) -> None:
     prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
     plane = information_plane(
         model,
@@ -129,6 +137,7 @@ def _plane(arguments: argparse.Namespace) -> None:
 
 def _objectives(arguments: argparse.Namespace) -> None:
     prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
     costs = objective_costs(
         model,
@@ -149,10 +158,16 @@ def _estimators(arguments: argparse.Namespace) -> None:
         raise EstimatorError(
             f"{arguments.samples} samples say nothing about information: pass --samples 2 or more, 1000 are useful"
         )
+    if arguments.seed < 0:
+        raise EstimatorError(f"a seed is a whole number from 0 up, not {arguments.seed}: pass another --seed")
     unknown = sorted({*arguments.tasks} - {*KNOWN_TASKS})
     if unknown:
         raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, KNOWN_TASKS))}")
     tasks = [KNOWN_TASKS[name] for name in arguments.tasks or KNOWN_TASKS]
+    if arguments.csv is not None:
+        if arguments.csv.is_dir():
+            raise IBAnalysisError(f"cannot write a table to {arguments.csv}: it is a folder, pass a file in it")
+        make_folder(arguments.csv.parent)
     table = compare(arguments.samples, tasks=tasks, seed=arguments.seed)
     if arguments.csv is not None:
         write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
@@ -166,20 +181,37 @@ def _generate(arguments: argparse.Namespace) -> None:
     cache = allocation.cache(model)
     print(generate_text(model, tokenizer, text, arguments.tokens, cache))
     tokens = cache.get_seq_length()
-    full_bytes = tokens * allocation.shape.bytes_per_token
-    print(f"cache: {tokens} tokens in {cache.nbytes:,} bytes, {cache.nbytes / full_bytes:.4f} of 16 bits", file=sys.stderr)
+    nbytes, full_bytes = cache.nbytes - cache.sliding_nbytes, tokens * allocation.shape.bytes_per_token
+    if allocation.is_full:
+        kept = f"nothing is compressed, elements are {str(model.dtype).removeprefix('torch.')}"
+    else:
+        kept = f"{nbytes / full_bytes:.4f} of the 16-bit cache"
+    print(f"cache: {tokens} tokens in {nbytes:,} bytes, {kept}", file=sys.stderr)
     if tokens < allocation.minimum_context:
         print(f"the budget holds from {allocation.minimum_context} tokens on, not for this short prompt", file=sys.stderr)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder. Raises IBAnalysisError if nothing could be written there: better before the work than after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise IBAnalysisError(f"cannot write to folder {folder}: {reason}, pass another") from error
+    if not os.access(folder, os.W_OK):
+        raise IBAnalysisError(f"cannot write to folder {folder}: it is read-only, pass another")
+
+
 def read_prompts(path: Path) -> list[str]:
-    """The texts of a JSON-lines file. Raises CalibrationError, with the line, for anything else."""
+    """The texts of a JSON-lines file, blank lines left out. Raises CalibrationError, with the line, for anything else."""
     texts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # other breaks may be part of a text
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -62,11 +62,13 @@ def make_episodes(
 
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
-    Raises CalibrationError if there are no prompts, or if one is too short to be split.
+    Raises CalibrationError if there are no prompts, or if one is too short, has an empty part or tokens of another model.
     """
     if len(prompts) == 0:
         raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
     drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
+    for number, draft in enumerate(drafts):
+        _check(draft, number, model)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for turn in range(max(len(draft.turns) for draft in drafts)):
         asking = [draft for draft in drafts if turn < len(draft.turns)]
@@ -83,7 +85,7 @@ def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | N
     if isinstance(prompt, Prompt):
         if tokenizer is None:
             raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
-        context = tokenizer(prompt.context).input_ids
+        context = list(tokenizer(prompt.context).input_ids) if prompt.context else []
         turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns]
         return _Draft(prompt.task, context, turns, prompt.chance > 0, [])
     if isinstance(prompt, str):
@@ -93,11 +95,29 @@ def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | N
     elif isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         ids = prompt.tolist()
     else:
-        raise CalibrationError(f"prompt {number} is {type(prompt).__name__}: pass a text, a 1-D integer tensor or a Prompt")
+        raise CalibrationError(f"prompt {number} is {type(prompt).__name__}: pass a text, a 1-D integer torch.Tensor or a Prompt")
     tail = min(MOST_SAMPLED, len(ids) // 8)
     if tail == 0:
         raise CalibrationError(f"prompt {number} has {len(ids)} tokens: at least 8 are needed, hundreds are useful")
     return _Draft("text", ids[:-tail], [([], ids[-tail:])], False, [])
+
+
+def _check(draft: _Draft, number: int, model: PreTrainedModel) -> None:
+    name = f"prompt {number} ({draft.task})"
+    if not draft.turns:
+        raise CalibrationError(f"{name} has no turns: pass at least one (question, answer)")
+    for turn, (_, answer) in enumerate(draft.turns):
+        if not answer:
+            raise CalibrationError(f"{name} has an empty answer in turn {turn}: pass one, as long as what is predicted")
+    if not draft.context or len(draft.context) + len(draft.turns[0][0]) < 2:
+        raise CalibrationError(f"{name} has a context of {len(draft.context)} tokens: pass a longer one, for it is compressed")
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = [*draft.context, *(token for turn in draft.turns for part in turn for token in part)]
+    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise CalibrationError(
+            f"{name} has token {wrong}, but the model's vocabulary is 0 to {vocabulary - 1}: use the model's own tokenizer"
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

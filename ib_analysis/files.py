@@ -44,6 +44,11 @@ def read_sealed_json(text: str, name: str) -> dict[str, Any]:
     return content
 
 
+def number_from_json(value: float | None) -> float:
+    """A float; null, which stands for what JSON cannot write, is NaN."""
+    return float("nan") if value is None else value
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """A safetensors file whose metadata holds `header` and a checksum of everything."""
     seal = sealed_json({**header, "tensors": _digests(tensors)})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ib_analysis.calibration import Replays, null_plans
+from ib_analysis.files import number_from_json
 from ib_analysis.plan import Plans
 
 RESAMPLES = 2000
@@ -23,8 +25,12 @@ class Measurement:
     """Loss and information in bits per predicted token, means over prompts; intervals at 95% by bootstrap over prompts.
 
     loss = E KL(p || r), p the full model and r the compressed one. information = E KL(p || p_null), p_null the model with
-    all compressible tokens evicted. What is retained is their difference: a lower bound, up to calibration of r, on what
-    the compressed cache says about the next token. It is negative if the compressed cache misleads.
+    all compressible tokens evicted. What is retained is their difference, usable information: what the compressed cache
+    tells this model about the next token. It is negative if the compressed cache misleads. With T the compressed cache, Y
+    the next token, C the pinned tokens and the follow-up, and pbar_X the mean of p given X,
+    retained = I(T; Y | C) + E KL(pbar_C || p_null) - E KL(pbar_TC || r): a lower bound on I(T; Y | C) only if p_null is
+    calibrated, that is pbar_C = p_null.
+    Intervals of a single prompt are NaN.
     """
 
     prompts: int
@@ -44,18 +50,21 @@ class Measurement:
 
     def __str__(self) -> str:
         low, high = self.loss_interval_bits
+        interval = "(too few prompts for an interval)" if isnan(low) else f"[{low:.4f}, {high:.4f}]"
+        share = "" if isnan(self.retained_share) else f" ({self.retained_share:.1%})"
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f} (full {self.full_accuracy:.3f})"
         return (
-            f"retains {self.retained_bits:.3f} of {self.information_bits:.3f} bits per token "
-            f"({self.retained_share:.1%}), loses {self.loss_bits:.4f} [{low:.4f}, {high:.4f}]{accuracy}"
+            f"retains {self.retained_bits:.3f} of {self.information_bits:.3f} bits per token{share}, "
+            f"loses {self.loss_bits:.4f} {interval}{accuracy}"
         )
 
     @classmethod
     def from_json(cls, content: dict[str, Any] | None) -> Measurement | None:
         if content is None:
             return None
-        low, high = content["loss_interval_bits"]
-        return cls(**{**content, "loss_interval_bits": (low, high)})
+        low, high = map(number_from_json, content["loss_interval_bits"])
+        numbers = {name: number_from_json(content[name]) for name in ("loss_bits", "information_bits")}
+        return cls(**{**content, **numbers, "loss_interval_bits": (low, high)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +89,17 @@ class Sample:
         )
 
     def ratio_interval(self, plan: int, other: int) -> tuple[float, float, float]:
-        """Mean loss of `plan` over that of `other`: (ratio, low, high), a paired bootstrap over prompts at 95%."""
+        """Mean loss of `plan` over that of `other`: (ratio, low, high), a paired bootstrap over prompts at 95%.
+
+        The ends are NaN from fewer than two prompts.
+        """
+        ratio = float(self.kl_bits[:, plan].mean() / self.kl_bits[:, other].mean())
+        if len(self.kl_bits) < 2:
+            return ratio, nan, nan
         draws = _draws(len(self.kl_bits))  # [R, episodes]
         ratios = self.kl_bits[draws, plan].mean(1) / self.kl_bits[draws, other].mean(1)
         low, high = np.percentile(ratios, _percentiles())
-        return float(self.kl_bits[:, plan].mean() / self.kl_bits[:, other].mean()), float(low), float(high)
+        return ratio, float(low), float(high)
 
 
 def sample_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> Sample:
@@ -122,7 +137,9 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95% interval of the mean, resampling prompts."""
+    """95% interval of the mean, resampling prompts; NaN from fewer than two."""
+    if len(values) < 2:
+        return nan, nan
     low, high = np.percentile(values[_draws(len(values))].mean(1), _percentiles())
     return float(low), float(high)
 

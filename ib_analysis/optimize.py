@@ -88,7 +88,8 @@ def optimal_allocation(
             `ib_analysis.objectives.OBJECTIVES` says of the cache itself. These are cheap, but they do not know what the
             model does with a cache: `ib-analysis objectives` shows what that costs. No uniform cell stands in for them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
-        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
+            if prompts, scorer and pinned tokens (which the budget decides) are the same.
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """
@@ -97,7 +98,7 @@ def optimal_allocation(
     _check_name("objective", objective, (USABLE, *OBJECTIVES))
     shape = cache_shape(model.config)
     if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
-        return full_allocation(model, shape, scorer)
+        return full_allocation(model, shape, scorer, objective)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     share = budget.as_share(shape.bytes_per_token, length)
@@ -105,7 +106,7 @@ def optimal_allocation(
     return allocate(bench, share, objective)
 
 
-def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> Allocation:
+def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str, objective: str = USABLE) -> Allocation:
     """Nothing is compressed: the whole budget."""
     return Allocation(
         model=model_fingerprint(model.config),
@@ -121,6 +122,7 @@ def full_allocation(model: PreTrainedModel, shape: CacheShape, scorer: str) -> A
         solver_gap=0.0,
         dual_bound=0.0,
         validation=None,
+        objective=objective,
     )
 
 
@@ -251,7 +253,7 @@ def episodes_for(
     """Episodes of these prompts, by default of `count` of the package's own; and the tokenizer saved with the model."""
     if prompts is None:
         prompts = mixture(f"calibration {seed}", count, PROMPT_LENGTH)
-    needs_tokenizer = any(not isinstance(prompt, Tensor) for prompt in prompts)
+    needs_tokenizer = any(isinstance(prompt, (str, Prompt)) for prompt in prompts)
     if needs_tokenizer and tokenizer is None:
         tokenizer = _saved_tokenizer(model)
     return make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)

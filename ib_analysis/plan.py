@@ -88,11 +88,13 @@ class Pinned:
 
 
 def plans_nbytes(shape: CacheShape, plans: Plans, pinned: Pinned, length: Count) -> Count:
-    """Exact bytes of one sequence of `length` tokens in the compressible layers."""
+    """Exact bytes of one sequence of `length` tokens in the compressible layers, at 16 bits in those left as they are."""
     tokens = pinned.compressible(length)
     total = length * 0
     for layer, heads in zip(shape.layers, plans):
-        if heads is not None:
+        if heads is None:
+            total = total + (0 if layer.sliding_window else length * layer.bytes_per_token)
+        else:
             total = total + pinned.nbytes(length, layer)
             for plan in heads:
                 total = total + plan.nbytes(tokens, layer.head_dim)

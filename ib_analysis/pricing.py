@@ -53,7 +53,9 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     followup = replay.episode.followup
     probes = {
         i: torch.zeros(
-            1, text.num_attention_heads, len(followup), replay.shape.layers[i].head_dim, device=followup.device
+            (1, text.num_attention_heads, len(followup), replay.shape.layers[i].head_dim),
+            dtype=replay.model.dtype,
+            device=followup.device,
         ).requires_grad_()
         for i in replay.shape.compressible
     }
@@ -67,7 +69,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
         torch.autograd.grad(log_probs.gather(1, drawn[:, s : s + 1]).sum(), list(probes.values()), retain_graph=True)
         for s in range(SAMPLES)
     ]
-    stacked = {i: torch.cat([sample[n] for sample in gradients]) for n, i in enumerate(probes)}
+    stacked = {i: torch.cat([sample[n] for sample in gradients]).float() for n, i in enumerate(probes)}
     return {i: layer for i, layer in enumerate(layers) if isinstance(layer, ReplayLayer)}, stacked
 
 
@@ -166,7 +168,7 @@ def _prices(
     """Mean over samples of (g . d)^2 / 2, in nats over all predicted tokens: float64 [U, options]."""
     parts = _Parts(replay, heads, answered)
     kv_heads = answered[heads[0][0]].new_keys.shape[1]
-    outputs = {layer: answered[layer].output.detach()[0].reshape(kv_heads, *parts.query.shape[1:]) for layer, _ in heads}
+    outputs = {layer: answered[layer].output.detach()[0].float().reshape(kv_heads, *parts.query.shape[1:]) for layer, _ in heads}
     full = torch.stack([outputs[layer][h] for layer, h in heads])  # [U, G * M, D]
     by_head = torch.stack([gradients[layer].reshape(SAMPLES, kv_heads, -1)[:, h] for layer, h in heads])  # [U, S, G * M * D]
     prices = []

@@ -205,7 +205,7 @@ class Replay:
         everything = torch.ones(heads, length, dtype=torch.bool, device=context.keys.device)
         if all(row is None for row in rows):
             return context.keys[None], context.values[None], everything[None]
-        keys, values = (x.repeat(len(rows), 1, 1, 1) for x in (context.keys, context.values))
+        keys, values = (x.float().repeat(len(rows), 1, 1, 1) for x in (context.keys, context.values))  # as caches dequantize
         kept = everything.repeat(len(rows), 1, 1)
         plans = [row or (None,) * heads for row in rows]
         touched = torch.tensor([[plan is not None for plan in row] for row in plans], device=keys.device)

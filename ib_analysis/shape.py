@@ -49,8 +49,8 @@ class CacheShape:
 def cache_shape(config: PreTrainedConfig) -> CacheShape:
     """Shape of the cache of a decoder with this config.
 
-    Raises UnsupportedModelError, naming the layer and why, for latent attention, linear attention and the like, and if
-    every layer has a sliding window.
+    Raises UnsupportedModelError, naming the layer and why, for latent attention, linear attention and the like, if
+    every layer has a sliding window, and if layers differ in their heads.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
@@ -58,8 +58,14 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     heads = getattr(text, "num_attention_heads", None)
     if not heads or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{text.model_type} is no decoder-only model with attention heads in its config")
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    try:
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    except RuntimeError as error:  # transformers refuses to name one value (Gemma 4)
+        raise UnsupportedModelError(
+            f"layers of {text.model_type} differ in head_dim or num_key_value_heads: only models whose layers are alike are "
+            "supported"
+        ) from error
     windows = [_sliding_window(text, i) for i in range(text.num_hidden_layers)]
     if None not in windows:
         raise UnsupportedModelError(f"every layer of {text.model_type} has a sliding window: there is nothing to compress")

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ib_analysis as ib
 from ib_analysis.episodes import make_episodes
@@ -28,6 +29,29 @@ def bench(embedded, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few prompts
         return prepare(model, episodes, SMALLEST_SHARE, profile_path=tmp_path_factory.mktemp("bench") / "profile.safetensors")
+
+
+@pytest.fixture
+def small_llama():
+    """A random Llama of two layers with two KV heads each, whose attention is far from uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def small_prompts():
+    """Six prompts of 128 random token ids."""
+    return list(torch.randint(3, 64, (6, 128), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(autouse=True)

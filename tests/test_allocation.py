@@ -1,19 +1,32 @@
 """An allocation as a value: its file, its tables, the models that it fits."""
 
 import json
+import math
+import warnings
+from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ib_analysis import Allocation, Profile
 from ib_analysis.errors import CorruptFileError, ProfileMismatchError
-from ib_analysis.optimize import allocate
+from ib_analysis.files import sealed_json
+from ib_analysis.measurement import Measurement
+from ib_analysis.optimize import allocate, full_allocation
+from ib_analysis.shape import cache_shape
 from ib_analysis.tasks.mixture import mixture
 
 
 @pytest.fixture(scope="module")
 def allocation(bench):
     return allocate(bench, 1 / 8)
+
+
+@pytest.fixture
+def full(small_llama):
+    return full_allocation(small_llama, cache_shape(small_llama.config), "value_aware")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +53,51 @@ def test_truncated_and_edited_json(allocation, tmp_path):
         path.write_text(broken)
         with pytest.raises(CorruptFileError, match=r"broken\.json"):
             Allocation.from_json(path)
+
+
+def test_what_is_no_allocation(tmp_path):
+    for empty in ("", "  \n"):
+        with pytest.raises(CorruptFileError, match="the allocation is no complete JSON"):
+            Allocation.from_json(empty)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        Allocation.from_json(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        Allocation.from_json(tmp_path / "none.json")
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CorruptFileError, match=r"binary\.json is no text"):
+        Allocation.from_json(binary)
+
+
+def test_json_with_other_fields(full):
+    def sealed(**changes):
+        content = {**json.loads(full.to_json()), **changes}
+        return sealed_json({name: value for name, value in content.items() if name != "checksum" and value != "left out"})
+
+    assert Allocation.from_json(sealed()) == full
+    for changes in ({"more": 1}, {"dual_bound": "left out"}, {"pinned": {"sinks": 1}}, {"plans": 3}, {"shape": "left out"}):
+        with pytest.raises(ProfileMismatchError, match="other fields"):
+            Allocation.from_json(sealed(**changes))
+
+
+def test_nan_in_json(full):
+    measured = Measurement(1, 0.5, (math.nan, math.nan), 2.0, None, None)
+    found = Allocation.from_json(replace(full, predicted_loss_bits=math.nan, dual_bound=-math.inf, validation=measured).to_json())
+    assert math.isnan(found.predicted_loss_bits) and math.isnan(found.dual_bound)
+    assert found.validation is not None and np.isnan(found.validation.loss_interval_bits).all()
+    assert found.validation.accuracy is None
+    assert math.isnan(found.model_error) and "loses 0.5000" in str(found)
+
+
+def test_full_cache_in_words_and_figures(full, tmp_path):
+    assert "nothing is compressed" in str(full) and "Empty" not in str(full)
+    assert full.nbytes(100) == 100 * full.shape.bytes_per_token
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full.plot(tmp_path / "full")
+    drawn = pd.read_csv(tmp_path / "full.csv")
+    assert len(drawn) == 4
+    assert (drawn.token_share == 1).all() and (drawn.key_bits == 16).all() and (drawn.value_bits == 16).all()
 
 
 def test_another_model_is_refused(allocation, bench, other_model):

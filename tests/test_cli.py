@@ -8,8 +8,11 @@ from itertools import product
 import pandas as pd
 import pytest
 
+from ib_analysis.cli import read_prompts
+from ib_analysis.errors import CalibrationError
 from ib_analysis.estimators import ESTIMATORS
-from ib_analysis.optimize import allocate
+from ib_analysis.optimize import allocate, full_allocation
+from ib_analysis.shape import cache_shape
 from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 
@@ -54,11 +57,36 @@ def test_estimators_prints_every_estimator(tmp_path):
     assert sum(line.startswith("  gaussian ") for line in done.stdout.splitlines()) == 2
 
 
+def test_prompts_are_split_at_line_feeds_only(tmp_path):
+    texts = ["one\u2028two\u0085three", "four\tfive", "six"]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n\n".join(lines) + "\r\n  \n", encoding="utf-8", newline="")
+    assert read_prompts(path) == texts
+    path.write_text("\n".join([*lines, "", "{}"]), encoding="utf-8")
+    with pytest.raises(CalibrationError, match="line 5 of"):
+        read_prompts(path)
+
+
+def test_generate_says_when_nothing_is_compressed(tmp_path, embedded):
+    model, _ = embedded
+    path = tmp_path / "full.json"
+    full_allocation(model, cache_shape(model.config), "value_aware").to_json(path)
+    done = run("generate", "--allocation", path, "--prompt", "The old clock stood", "--tokens", 1)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is compressed, elements are float32" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["estimators", "--samples", "1"], "samples"),
         (["estimators", "no such task"], "1v1 normal 0.75"),
+        (["estimators", "--seed", "-1"], "seed"),
+        (["estimators", "--csv", "FOLDER"], "is a folder"),
+        (["allocate", "--budget", "1/4", "--out", "FILE"], "it is a file"),
+        (["plane", "--out", "BELOW_FILE"], "cannot write to folder"),
+        (["generate", "--allocation", "FOLDER", "--prompt", "x"], "is a folder"),
         (["allocate", "--budget", "12", "--out", "OUT"], "Budget"),
         (["allocate", "--budget", "1/4000", "--out", "OUT"], "at least"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
@@ -70,7 +98,7 @@ def test_estimators_prints_every_estimator(tmp_path):
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file, tmp_path):
-    places = {"OUT": tmp_path / "out", "FILE": allocation_file}
+    places = {"OUT": tmp_path / "out", "FILE": allocation_file, "BELOW_FILE": allocation_file / "out", "FOLDER": tmp_path}
     done = run(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("ib-analysis: ")]

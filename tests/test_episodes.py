@@ -7,7 +7,7 @@ import torch
 
 from ib_analysis.episodes import make_episodes
 from ib_analysis.errors import CalibrationError
-from ib_analysis.tasks import TASKS
+from ib_analysis.tasks import TASKS, Prompt
 
 
 def test_question_is_prefilled_or_not(embedded):
@@ -71,11 +71,28 @@ def test_texts_and_token_ids_are_split(embedded):
         ([torch.zeros(2, 30, dtype=torch.long)], "prompt 0 is Tensor"),
         ([3], "prompt 0 is int"),
         (["a text"], "no tokenizer"),
+        ([torch.arange(30), torch.full((30,), 99_999)], r"prompt 1 .*token 99999"),
+        ([torch.full((30,), -1)], r"prompt 0 .*token -1"),
+        ([torch.arange(30).numpy()], r"prompt 0 is ndarray.*torch\.Tensor"),
     ],
 )
 def test_bad_prompts(embedded, prompts, said):
     with pytest.raises(CalibrationError, match=said):
         make_episodes(embedded[0], None, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (Prompt("x", "a context", ()), "no turns"),
+        (Prompt("x", "a context", (("question", "answer"), ("question", ""))), "empty answer in turn 1"),
+        (Prompt("x", "", (("question", "answer"),)), "a context of 0 tokens"),
+    ],
+)
+def test_empty_parts(embedded, prompt, said):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match=rf"prompt 1 \(x\) has .*{said}"):
+        make_episodes(model, tokenizer, ["word " * 20, prompt])
 
 
 def test_empty_text(embedded):

@@ -29,6 +29,19 @@ def test_interval_is_that_of_the_mean():
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
 
 
+def test_one_prompt_has_no_interval():
+    found = sample(np.array([[1.0, 2.0]]))
+    assert np.isnan(found.measurement(0).loss_interval_bits).all()
+    assert "loses 1.0000 (too few prompts for an interval)" in str(found.measurement(0))
+    ratio, low, high = found.ratio_interval(0, 1)
+    assert ratio == 0.5 and np.isnan([low, high]).all()
+
+
+def test_text_without_information():
+    found = Measurement(3, 0.0, (0.0, 0.0), 0.0, None, None)
+    assert str(found) == "retains 0.000 of 0.000 bits per token, loses 0.0000 [0.0000, 0.0000]"
+
+
 def test_ratio_is_paired():
     noise = np.random.default_rng(2).exponential(size=(50, 1))
     ratio, low, high = sample(np.hstack([noise, 2 * noise])).ratio_interval(0, 1)

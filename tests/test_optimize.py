@@ -13,6 +13,7 @@ from ib_analysis.attention import cache_argument
 from ib_analysis.calibration import Replays, calibrate, verify
 from ib_analysis.episodes import make_episodes
 from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
+from ib_analysis.information import information
 from ib_analysis.measurement import sample_plans
 from ib_analysis.objectives import OBJECTIVES
 from ib_analysis.optimize import allocate, optimal_allocation
@@ -128,7 +129,8 @@ def test_the_curve_falls(allocations):
 
 def test_whole_budget_is_the_full_cache(embedded):
     model, _ = embedded
-    allocation = optimal_allocation(model, 1.0)
+    allocation = optimal_allocation(model, 1.0, objective="gaussian")
+    assert allocation.objective == "gaussian"
     assert allocation.is_full and allocation.minimum_context == 1
     ids = torch.randint(3, 2000, (1, 50))
     with torch.no_grad():
@@ -180,6 +182,23 @@ def test_a_model_trained_further_is_priced_again(bench, embedded, tmp_path):
     other = copy.deepcopy(model)
     other.model.norm.weight.data += 0.01
     assert ib_calibration.weights_digest(other) != saved == ib_calibration.weights_digest(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model(dtype, small_llama, small_prompts):
+    model = small_llama.to(dtype)
+    found = optimal_allocation(model, 1 / 4, prompts=small_prompts)
+    assert found.nbytes(found.context_length) <= found.shape.bytes_per_token * found.context_length / 4
+    assert 0 < found.predicted_loss_bits < 6
+    table = information(model, found, small_prompts)
+    assert table.usable_bits.iloc[-1] == pytest.approx(found.retained_bits, rel=0.5)
+    assert table.dithered_bits.iloc[-1] > 0 and table.code_rate_bits.iloc[-1] > 0
+
+
+def test_prompts_that_are_no_tensors(small_llama, small_prompts):
+    with pytest.raises(CalibrationError, match=r"prompt 0 is ndarray"):
+        optimal_allocation(small_llama, 1 / 4, prompts=[prompt.numpy() for prompt in small_prompts])
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, float("nan"), 2, "12", None, True, "1/0"])

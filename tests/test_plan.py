@@ -46,3 +46,11 @@ def test_bytes_add_up():
     assert kept.compressible(length) == tokens
     assert plans_nbytes(shape, plans, kept, length) == expected
     assert plans_nbytes(shape, plans, kept, np.array([length, length]))[1] == expected
+
+
+def test_a_layer_that_is_left_as_it_is_counts_16_bits():
+    shape = CacheShape((LayerShape(2, 64), LayerShape(2, 32), LayerShape(2, 64, sliding_window=8)))
+    plans = ((HeadPlan("rotated"),) * 2, None, None)
+    kept = Pinned(4, 10, 2)
+    assert plans_nbytes(shape, plans, kept, 100) == 14 * 2 * 2 * 2 * 64 + 100 * 2 * 2 * 2 * 32
+    assert plans_nbytes(shape, (None,) * 3, kept, np.array([7]))[0] == 7 * shape.bytes_per_token

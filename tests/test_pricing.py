@@ -1,5 +1,6 @@
 """Gradient prices: the change of every head's output is exact, and small losses are priced as they are measured."""
 
+import copy
 from random import Random
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_small_losses_are_priced_as_they_are_measured(embedded):
     price, loss = (torch.stack(rows).mean(0).numpy() for rows in (priced, measured))
     assert spearmanr(price, loss).statistic > 0.9
     assert 0.5 < np.median(price / loss) < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prices_of_a_16_bit_model_are_those_of_its_weights_in_32(dtype, small_llama, small_prompts):
+    prices = []
+    for model in (small_llama.to(dtype), copy.deepcopy(small_llama).float()):
+        episode = make_episodes(small_llama, None, small_prompts[:1])[0]
+        replay = Replay(model, cache_shape(model.config), PINNED, SCORERS["value_aware"], episode)
+        prices.append(gradient_prices(replay, OPTIONS[::7], torch.Generator().manual_seed(0)).flatten().numpy())
+    assert spearmanr(prices[0], prices[1]).statistic > 0.9
 
 
 def test_chunks_of_heads_change_nothing(embedded, monkeypatch):

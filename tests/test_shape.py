@@ -30,6 +30,7 @@ def test_sliding_layers_are_told_apart():
         ("minimax", "layer 1 .*linear_attention"),
         ("mamba", "no decoder-only model"),
         ("falcon_h1", "layer 0 .*hybrid"),
+        ("gemma4_text", "gemma4_text differ in head_dim"),
     ],
 )
 def test_layers_that_cannot_be_compressed_are_named(name, said):
