@@ -17,7 +17,7 @@ from ib_analysis.calibration import Replays, null_plans
 from ib_analysis.episodes import make_episodes
 from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS, channel_bits
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, GAUSSIAN_MISFIT, TOO_FEW, too_few
-from ib_analysis.estimators.gaussian import information_bits, regular
+from ib_analysis.estimators.gaussian import information_or_nan_bits, regular
 from ib_analysis.estimators.moments import Moments
 from ib_analysis.formats import RAW_BITS
 from ib_analysis.measurement import bootstrap_interval
@@ -115,9 +115,7 @@ class _Estimates:
 
 def gaussian_bits(covariance: Tensor, count: int) -> Tensor:
     """I_G of x and its decoded copy, from their joint covariance [..., 2 D, 2 D]; NaN from too few tokens."""
-    if count <= covariance.shape[-1]:
-        return torch.full(covariance.shape[:-2], torch.nan, dtype=covariance.dtype, device=covariance.device)
-    return information_bits(regular(covariance), covariance.shape[-1] // 2, count)
+    return information_or_nan_bits(regular(covariance), covariance.shape[-1] // 2, count)
 
 
 def dithered_bits(moments: Moments) -> Tensor:

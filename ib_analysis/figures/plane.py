@@ -56,9 +56,7 @@ def _draw_limits(axes: Axes, points: pd.DataFrame, rate: str) -> None:
     """The ceiling (usable information of the full cache), zero, the null and the full cache, and random eviction between them."""
     null, full = (points[points.family == family].iloc[0] for family in ("null point", "full point"))
     axes.axhspan(full.ceiling_low_bits, full.ceiling_high_bits, color="0.95", zorder=0)
-    axes.axhline(
-        full.information_bits, color="0.5", linewidth=0.8, linestyle="--", label="ceiling (usable information)"
-    )
+    axes.axhline(full.information_bits, color="0.5", linewidth=0.8, linestyle="--", label="ceiling (usable information)")
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     smallest = points.loc[points[rate] > 0, rate].min()
     rates = np.geomspace(max(null[rate], smallest / 2), full[rate], 100)
