@@ -18,13 +18,15 @@ from ib_analysis.calibration import Replays, null_plans
 from ib_analysis.errors import CalibrationError
 from ib_analysis.figures.plane import plot_local_plane, plot_plane
 from ib_analysis.figures.style import save_figure
+from ib_analysis.held_out import check_shares, split_episodes
 from ib_analysis.local_plane import COLUMNS, local_plane
 from ib_analysis.measurement import Sample, bootstrap_interval
-from ib_analysis.optimize import Prompts, allocate_all, episodes_for, prepare
+from ib_analysis.optimize import Prompts, _check_name, allocate_all, episodes_for, prepare
 from ib_analysis.pieces import gather
 from ib_analysis.plan import Plans
 from ib_analysis.policies import POLICIES
 from ib_analysis.rates import CodeRates, Rate, all_pieces, context_lengths
+from ib_analysis.scorers import SCORERS
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 PROMPTS = 96
@@ -93,16 +95,18 @@ def information_plane(
     """The plane of a model's cache, from one calibration for all budgets `shares`.
 
     A quarter of the prompts (by default 96 of the package's own) is held out: points are measured on it. The other arguments
-    are those of `optimal_allocation`.
+    are those of `optimal_allocation`. Raises what that does, before calibration if prompts are fewer than 4 or too short.
     """
+    _check_name("scorer", scorer, SCORERS)
+    check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
-    chosen = [episode for i, episode in enumerate(episodes) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    chosen, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
     bench = prepare(
         model, chosen, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
     )
     allocations = allocate_all(bench, shares)
     profile = bench.profile
-    held_out = Replays(model, profile.shape, profile.pinned, scorer, episodes[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    held_out = Replays(model, profile.shape, profile.pinned, scorer, rest)
     points = measure_points(held_out, allocations)
     try:
         local = local_plane(held_out)
