@@ -119,12 +119,12 @@ def _embedded(parameters: list[Tensor], values: Tensor) -> Tensor:
 
 
 def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: Pair) -> Tensor:
-    """Leaves the parameters that were best on the stopping samples; returns which critics had stopped improving [H]."""
+    """Leaves the parameters that were best on the stopping samples; returns which improved and had then stopped [H]."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(critics.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best = critics.contributions(contributions, stop).mean(-1)  # [H]
     kept = [parameter.detach().clone() for parameter in critics.parameters]
-    waited = torch.zeros_like(best)
+    waited, improved = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.bool)
     for step in range(1, MOST_STEPS + 1):
         bound = contributions(critics.scores(_batch(train, generator))).mean(-1)  # [H]
         optimizer.zero_grad()
@@ -133,6 +133,7 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
         if step % STEPS_PER_CHECK == 0:
             now = critics.contributions(contributions, stop).mean(-1)
             better = now > best
+            improved |= better
             best, waited = torch.where(better, now, best), torch.where(better, 0, waited + 1)
             for parameter, old in zip(critics.parameters, kept):
                 old[better] = parameter.detach()[better]
@@ -140,7 +141,7 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
                 break
     for parameter, old in zip(critics.parameters, kept):
         parameter.data.copy_(old)
-    return waited >= PATIENCE
+    return (waited >= PATIENCE) & improved
 
 
 def _split(documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
