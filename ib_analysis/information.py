@@ -17,7 +17,7 @@ from ib_analysis.calibration import Replays, null_plans
 from ib_analysis.episodes import make_episodes
 from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS, channel_bits
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, GAUSSIAN_MISFIT, TOO_FEW, too_few
-from ib_analysis.estimators.gaussian import information_bits, regular
+from ib_analysis.estimators.gaussian import information_or_nan_bits, regular
 from ib_analysis.estimators.moments import Moments
 from ib_analysis.formats import RAW_BITS
 from ib_analysis.measurement import bootstrap_interval
@@ -29,6 +29,7 @@ from ib_analysis.replay import PlansToTry
 
 RAW_FLOATS = "raw floats"  # codes are 16-bit floats: their entropy counts the whole mantissa
 NOTHING_KEPT = "nothing kept"
+ALL_PINNED = "all pinned"  # no prompt has a token that could be compressed
 RATES = ("stored_bits", "code_entropy_bits", "code_rate_bits", "tight_code_rate_bits")
 INFORMATION = ("dithered_bits", "dithered_upper_bits", "gaussian_bits", "gaussian_low_bits", "gaussian_high_bits")
 USABLE = ("usable_bits", "usable_low_bits", "usable_high_bits", "full_usable_bits")
@@ -54,12 +55,14 @@ def information(
         tight_code_rate_bits: less by the Gaussian total correlation of the codes.
         dithered_bits, dithered_upper_bits: I(X; X + N), N independent noise with the power of each channel's error: the
             value for Gaussian X, and an upper bound for any X if N is uniform.
-        gaussian_bits: min(I_G, H(T)) with the 95% interval of I_G; flag "above H(T)" where they crossed.
+        gaussian_bits: min(I_G, H(T)) with the 95% interval of I_G; flag "above H(T)" where they crossed. Where tiers, parts
+            or heads are added, gaussian_low_bits and gaussian_high_bits add their ends: no 95% interval, but one at least as wide.
     Bits per predicted token:
         usable_bits: what the compressed head still says about the next token, all other heads as they are: KL of evicting
             it less KL of compressing it, with a 95% interval over prompts. Of the cache: all heads at once.
         full_usable_bits: the same of the head at full precision.
-    `kept_tokens` are the compressible tokens kept of an average prompt. Sums over heads count what heads share repeatedly.
+    `kept_tokens` are the compressible tokens kept of an average prompt; where there are none the flag is "nothing kept", or
+    "all pinned" if no prompt is long enough for any to be compressed. Sums over heads count what heads share repeatedly.
 
     Arguments as of `Allocation.validate`. Moments are streamed: memory grows neither with tokens nor with prompts.
     Layers with a sliding window are never compressed and have no rows.
@@ -115,9 +118,7 @@ class _Estimates:
 
 def gaussian_bits(covariance: Tensor, count: int) -> Tensor:
     """I_G of x and its decoded copy, from their joint covariance [..., 2 D, 2 D]; NaN from too few tokens."""
-    if count <= covariance.shape[-1]:
-        return torch.full(covariance.shape[:-2], torch.nan, dtype=covariance.dtype, device=covariance.device)
-    return information_bits(regular(covariance), covariance.shape[-1] // 2, count)
+    return information_or_nan_bits(regular(covariance), covariance.shape[-1] // 2, count)
 
 
 def dithered_bits(moments: Moments) -> Tensor:
@@ -159,7 +160,7 @@ def _part_row(
         "kept_tokens": kept / len(rates.lengths),
         **dict(zip(RATES, (rate.stored_bits, rate.entropy_bits, rate.code_bits, rate.tight_bits))),
         **dict(zip(INFORMATION, total / rates.lengths.sum())),
-        "flags": ", ".join(sorted(flags)) if kept else NOTHING_KEPT,
+        "flags": ", ".join(sorted(flags)) if kept else NOTHING_KEPT if rates.tokens.any() else ALL_PINNED,
     }
 
 

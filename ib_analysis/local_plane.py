@@ -7,7 +7,6 @@ quantizer: X + N, N independent with the power of the quantizer's error in each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -17,26 +16,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ib_analysis.calibration import Replays
+from ib_analysis.errors import CalibrationError
+from ib_analysis.estimators.estimate import SAMPLES_PER_DIMENSION, TOO_FEW
 from ib_analysis.estimators.moments import Moments
 from ib_analysis.estimators.optima import canonical_correlations, gaussian_bottleneck, noisy_copy
 from ib_analysis.formats import FORMATS
 from ib_analysis.options import BITS
 from ib_analysis.pieces import PARTS, Part, Piece, gather
-from ib_analysis.replay import Replay
+from ib_analysis.shape import CacheShape
 
 MOST_PROJECTIONS = 64
 CURVE_POINTS = 60
 LARGEST_BETA = 1e6
 RIDGE = 1e-9  # of the mean variance: values of a first layer may span fewer dimensions than they have
+COLUMNS = ["layer", "head", "part", "kind", "format", "bits", "rate_bits", "relevance_bits", "flags"]
 
 
-def local_plane(replays: Iterable[Replay]) -> pd.DataFrame:
+def local_plane(replays: Replays) -> pd.DataFrame:
     """Rows of kind "bottleneck" (the Gaussian optimum, a curve) and "dithered" (a format at some bits), for every head.
 
     Columns layer, head, part, kind, format, bits, rate_bits = I(X; T) and relevance_bits = I(T; Y), in bits per token, both
-    of Gaussians with the measured covariances. These are not corrected for their bias, about dx dy / 2N nats.
+    of Gaussians with the measured covariances, and flags. These are not corrected for their bias, about dx dy / 2N nats;
+    below 10 tokens a dimension of x and y every row is flagged "too few samples".
+
+    Raises CalibrationError if there are no more tokens than dimensions: x would determine y, whatever they are.
     """
     first = next(iter(replays))
+    tokens = sum(int(first.pinned.compressible(len(episode.prefill))) for episode in replays.episodes)
+    needed = _dimensions(first.shape, first.model.config.get_text_config(decoder=True).hidden_size)
+    if tokens <= needed:
+        raise CalibrationError(
+            f"the local plane needs more than {needed} compressible tokens, {SAMPLES_PER_DIMENSION * needed} to be accurate, "
+            f"but {len(replays)} prompts have {tokens}: pass more or longer prompts"
+        )
     heads = first.shape.heads
     pieces = {Piece(part, fmt, bits, (1.0,)): heads for part, fmt, bits in product(PARTS, FORMATS, BITS)}
     gathered = gather(replays, pieces, groups=1, show="quantizing")
@@ -50,21 +63,27 @@ def local_plane(replays: Iterable[Replay]) -> pd.DataFrame:
         for fmt, bits in product(FORMATS, BITS):
             moments = gathered[Piece(part, fmt, bits, (1.0,))].moments
             assert moments is not None
-            rate, kept = noisy_copy(joint[part][u], dim, _noise(moments, u))
+            rate, kept = noisy_copy(joint[part][u], dim, _noise(moments, u, joint[part][u].diagonal()[:dim].max()))
             point = {"kind": "dithered", "format": fmt, "bits": bits, "rate_bits": float(rate), "relevance_bits": float(kept)}
             rows.append(place | point)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(flags=TOO_FEW if tokens < SAMPLES_PER_DIMENSION * needed else "")[COLUMNS]
 
 
 def bottleneck_curve(covariance: NDArray[np.float64], dim_x: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(I(X; T), I(T; Y)) of the Gaussian optimum, from nothing to nearly all of I(X; Y)."""
+    """(I(X; T), I(T; Y)) of the Gaussian optimum, from nothing to nearly all of I(X; Y).
+
+    The single point (0, 0) where x tells nothing about y, as a constant does.
+    """
     correlations = canonical_correlations(covariance, dim_x).clip(max=1 - 1e-9)
-    least = 1 / float(correlations.max()) ** 2
+    strongest = float(correlations.max()) ** 2
+    if strongest < np.finfo(float).tiny:
+        return np.zeros(1), np.zeros(1)
+    least = 1 / strongest
     return gaussian_bottleneck(correlations, np.geomspace(max(least, 1 + 1e-9), max(2 * least, LARGEST_BETA), CURVE_POINTS))
 
 
 @torch.no_grad()
-def joint_covariances(replays: Iterable[Replay], part: Part) -> NDArray[np.float64]:
+def joint_covariances(replays: Replays, part: Part) -> NDArray[np.float64]:
     """Of the keys or values of every head and of the projected hidden states of the same tokens: [U, dx + dy, dx + dy]."""
     moments = Moments(groups=1)
     projection: Tensor | None = None
@@ -85,14 +104,20 @@ def joint_covariances(replays: Iterable[Replay], part: Part) -> NDArray[np.float
     return found
 
 
-def _noise(moments: Moments, head: int) -> NDArray[np.float64]:
-    """Variance [D] of N in y = g (x + N), from the moments of x and its decoded copy y; large where y is constant."""
+def _dimensions(shape: CacheShape, hidden_size: int) -> int:
+    """Of x and y together, in the widest head."""
+    return max(shape.layers[i].head_dim for i in shape.compressible) + min(MOST_PROJECTIONS, hidden_size)
+
+
+def _noise(moments: Moments, head: int, power: float) -> NDArray[np.float64]:
+    """Variance [D] of N in y = g (x + N), from the moments of x and its decoded copy y; large where y is constant.
+
+    `power` is the largest variance of x, regularised, so not 0.
+    """
     covariance, _ = moments.covariance(torch.zeros(1, dtype=torch.int64, device=moments.counts.device))
     matrix = covariance[head].cpu().numpy()
     dim = len(matrix) // 2
     power_x, power_y, shared = matrix.diagonal()[:dim], matrix.diagonal()[dim:], matrix[:dim, dim:].diagonal()
     gain = shared / np.maximum(power_x, np.finfo(float).tiny)
-    noise = power_y - gain * shared
-    lost = 1e6 * power_x + np.finfo(float).tiny
-    relative = np.divide(noise, gain**2, out=lost.copy(), where=gain**2 > 0)
-    return np.clip(relative, 1e-12 * power_x.max(), lost.max())
+    relative = np.divide(power_y - gain * shared, gain**2, out=np.full(dim, 1e6 * power), where=gain**2 > 0)
+    return np.clip(relative, 1e-12 * power, 1e6 * power)

@@ -9,13 +9,16 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.calibration import Replays
+from ib_analysis.held_out import check_shares, split_episodes
 from ib_analysis.measurement import sample_plans
 from ib_analysis.objectives import OBJECTIVES, USABLE
-from ib_analysis.optimize import Prompts, allocate, allocate_all, episodes_for, prepare
+from ib_analysis.optimize import Prompts, _check_name, allocate, allocate_all, episodes_for, prepare
 from ib_analysis.plan import plans_nbytes
+from ib_analysis.scorers import SCORERS
 
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 PROMPTS = 192
+HELD_OUT_EVERY = 2
 
 
 def objective_costs(
@@ -34,14 +37,18 @@ def objective_costs(
     Columns: budget_share, objective, nbytes; kl_bits = E KL(full || compressed) in bits per predicted token with its 95%
     interval low_bits, high_bits; ratio, ratio_low, ratio_high: that KL over that of "usable", a paired bootstrap;
     retained_share of the full cache's information; accuracy of known answers.
-    The other arguments are those of `optimal_allocation`.
+    The other arguments are those of `optimal_allocation`. Raises what that does, before calibration if prompts are fewer
+    than 5 or too short.
     """
+    _check_name("scorer", scorer, SCORERS)
+    check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
+    chosen, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
     bench = prepare(
-        model, episodes[::2], min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
+        model, chosen, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
     )
     profile = bench.profile
-    held_out = Replays(model, profile.shape, profile.pinned, scorer, episodes[1::2])
+    held_out = Replays(model, profile.shape, profile.pinned, scorer, rest)
     rows = []
     for share, usable in zip(shares, allocate_all(bench, shares)):
         plans = {USABLE: usable.plans}

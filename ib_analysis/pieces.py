@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ib_analysis.estimators.entropy import entropies_of_counts_bits
-from ib_analysis.estimators.gaussian import regular, total_correlation_of_covariance_bits
+from ib_analysis.estimators.gaussian import regular, total_correlation_or_nan_bits
 from ib_analysis.estimators.moments import GROUPS, Moments
 from ib_analysis.formats import RAW_BITS, get_format
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
@@ -57,6 +57,9 @@ class Gathered:
         self.tokens = 0  # of each head
         self.documents = 0
         self.counts: Tensor  # int64 [U, D, levels]
+        # Sums are of differences from the first token's, or a large mean would cancel all digits of the second moments.
+        self.first: Tensor  # [U, 1, D], of x
+        self.first_coded: Tensor  # [U, 1, D], of codes, or of raw floats
         self.total: Tensor  # [U, D], of codes, or of raw floats
         self.outer: Tensor  # [U, D, D]
         self.powers: Tensor  # [4, U, D], sums of x, x^2, x^3, x^4
@@ -65,7 +68,9 @@ class Gathered:
         """Adds one prompt's tokens [U, n, D]."""
         heads, tokens, dim = x.shape
         levels = _levels(self.bits, self.dtype)
+        exact, coded = x.double(), (decoded if self.bits == RAW_BITS else codes).double()
         if self.documents == 0:
+            self.first, self.first_coded = exact[:, :1], coded[:, :1]
             self.counts = torch.zeros(heads, dim, levels, dtype=torch.int64, device=x.device)
             self.total = torch.zeros(heads, dim, dtype=torch.float64, device=x.device)
             self.outer = torch.zeros(heads, dim, dim, dtype=torch.float64, device=x.device)
@@ -73,14 +78,13 @@ class Gathered:
         column = torch.arange(heads * dim, device=x.device).view(heads, 1, dim)
         found = torch.bincount((column * levels + codes).flatten(), minlength=self.counts.numel())
         self.counts += found.view_as(self.counts)
-        coded = (decoded if self.bits == RAW_BITS else codes).double()
-        self.total += coded.sum(1)
-        self.outer += coded.mT @ coded
+        shifted = coded - self.first_coded
+        self.total += shifted.sum(1)
+        self.outer += shifted.mT @ shifted
         self.tokens += tokens
         self.documents += 1
         if self.moments is not None:
-            exact = x.double()
-            self.powers += torch.stack([exact.pow(power).sum(1) for power in (1, 2, 3, 4)])
+            self.powers += torch.stack([(exact - self.first).pow(power).sum(1) for power in (1, 2, 3, 4)])
             self.moments.add(exact, decoded.double())
 
     def code_entropy_bits(self) -> Tensor:
@@ -92,9 +96,7 @@ class Gathered:
         """What that sum counts twice if codes are Gaussian, for one token: float64 [U]; NaN from too few tokens."""
         mean = self.total / self.tokens
         covariance = self.outer / self.tokens - mean[:, :, None] * mean[:, None, :]
-        if self.tokens <= covariance.shape[-1]:
-            return torch.full_like(mean[:, 0], torch.nan)
-        return total_correlation_of_covariance_bits(regular(covariance), self.tokens).clamp(min=0)
+        return total_correlation_or_nan_bits(regular(covariance), self.tokens).clamp(min=0)
 
     def misfit(self) -> Tensor:
         """Whether the mean kurtosis of the channels is improbable for a Gaussian: bool [U]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.allocation import Allocation
 from ib_analysis.calibration import Replays, null_plans
+from ib_analysis.errors import CalibrationError
 from ib_analysis.figures.plane import plot_local_plane, plot_plane
 from ib_analysis.figures.style import save_figure
-from ib_analysis.local_plane import local_plane
+from ib_analysis.held_out import check_shares, split_episodes
+from ib_analysis.local_plane import COLUMNS, local_plane
 from ib_analysis.measurement import Sample, bootstrap_interval
-from ib_analysis.optimize import Prompts, allocate_all, episodes_for, prepare
+from ib_analysis.optimize import Prompts, _check_name, allocate_all, episodes_for, prepare
 from ib_analysis.pieces import gather
 from ib_analysis.plan import Plans
 from ib_analysis.policies import POLICIES
 from ib_analysis.rates import CodeRates, Rate, all_pieces, context_lengths
+from ib_analysis.scorers import SCORERS
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 PROMPTS = 96
@@ -36,12 +40,14 @@ class Plane:
     `points` has a row for each cache: family ("optimal", "quantized pruning", "prune-only", "quantize-only", "null point", "full
     point"), budget_share, token_share, format, key_bits and value_bits of a uniform cell, and
         stored_bits, code_rate_bits, tight_code_rate_bits: rates in bits per context token (`ib_analysis.rates.Rate`);
-        retained_bits, low_bits, high_bits: information about the next token in bits per predicted token. The 95% interval over
-            held-out prompts is that of the share retained, times the ceiling as measured;
-        information_bits, ceiling_low_bits, ceiling_high_bits: information of the full cache, the ceiling, with its interval;
+        information_bits, ceiling_low_bits, ceiling_high_bits: the ceiling, usable information of the full cache about the next
+            token in bits per predicted token, E KL(p || p_null), with its 95% interval over held-out prompts. It equals
+            I(X; Y | C) only if p_null, the model with every compressible token evicted, is calibrated; else it is more;
+        retained_bits, low_bits, high_bits: what is left of it, the ceiling less E KL(p || r). The interval is that of the
+            share retained, times the ceiling as measured;
         chord_bits: what random eviction retains at the same stored_bits: with probability p the full cache, else nothing;
         best: of its family's cells at this budget the one that retains most, on these very prompts.
-    `local`: see `local_plane`.
+    `local`: see `local_plane`; empty if the held-out prompts have too few tokens for it.
     """
 
     points: pd.DataFrame
@@ -89,17 +95,25 @@ def information_plane(
     """The plane of a model's cache, from one calibration for all budgets `shares`.
 
     A quarter of the prompts (by default 96 of the package's own) is held out: points are measured on it. The other arguments
-    are those of `optimal_allocation`.
+    are those of `optimal_allocation`. Raises what that does, before calibration if prompts are fewer than 4 or too short.
     """
+    _check_name("scorer", scorer, SCORERS)
+    check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
-    chosen = [episode for i, episode in enumerate(episodes) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+    chosen, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
     bench = prepare(
         model, chosen, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
     )
     allocations = allocate_all(bench, shares)
     profile = bench.profile
-    held_out = Replays(model, profile.shape, profile.pinned, scorer, episodes[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    return Plane(measure_points(held_out, allocations), local_plane(held_out), tuple(allocations))
+    held_out = Replays(model, profile.shape, profile.pinned, scorer, rest)
+    points = measure_points(held_out, allocations)
+    try:
+        local = local_plane(held_out)
+    except CalibrationError as error:  # the points are worth keeping
+        warnings.warn(f"Plane.local is empty: {error}", stacklevel=2)
+        local = pd.DataFrame(columns=COLUMNS)
+    return Plane(points, local, tuple(allocations))
 
 
 def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.DataFrame:

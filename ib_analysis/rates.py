@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from ib_analysis.calibration import Replays
 from ib_analysis.formats import FORMATS, RAW_BITS, get_format
 from ib_analysis.formats.packed import RUN_BYTES, side_nbytes
 from ib_analysis.pieces import PARTS, Gathered, Part, Piece, pieces_of
 from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
-from ib_analysis.replay import Replay
 from ib_analysis.shape import ELEMENT_BYTES, CacheShape
 
 Head = tuple[int, int]  # layer, KV head
@@ -120,9 +120,9 @@ def side_bits(plan: HeadPlan, tier: int, part: Part, tokens: NDArray[np.int64], 
     return float(((_stored_bits(plan.format, plan.tiers[tier], part, count, dim) - count * dim * bits) * (tokens > 0)).sum())
 
 
-def context_lengths(replays: Iterable[Replay]) -> list[int]:
+def context_lengths(replays: Replays) -> list[int]:
     """Tokens of each context."""
-    return [replay.length for replay in replays]
+    return [len(episode.prefill) for episode in replays.episodes]
 
 
 def _stored_bits(fmt: str, tier: Tier, part: Part, count: NDArray[np.int64], dim: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW
 from ib_analysis.estimators.gaussian import total_correlation_bits
 from ib_analysis.estimators.moments import Moments
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
-from ib_analysis.information import NOTHING_KEPT, RAW_FLOATS, gaussian_bits
+from ib_analysis.information import ALL_PINNED, NOTHING_KEPT, RAW_FLOATS, gaussian_bits
 from ib_analysis.measurement import measure_plans
 from ib_analysis.optimize import full_allocation
 from ib_analysis.pieces import Gathered, Piece, coded, gather, pieces_of
@@ -202,6 +202,13 @@ def test_few_prompts_have_no_interval_and_a_flag(embedded, mixed):
     found = ib.information(model, mixed, PROMPTS[:3], tokenizer=tokenizer)
     assert TOO_FEW in row(found, 0, 1, "keys")["flags"]
     assert np.isnan(row(found, 0, 1, "keys").gaussian_low_bits)
+
+
+def test_prompts_too_short_to_compress(embedded, mixed):
+    model, tokenizer = embedded
+    found = ib.information(model, mixed, list(torch.randint(3, 99, (2, 24))), tokenizer=tokenizer)
+    assert set(found["flags"]) == {ALL_PINNED}
+    assert (found.kept_tokens == 0).all() and (found.stored_bits[found.part == "keys"] == 16 * 64).all()
 
 
 def test_another_model_is_refused(embedded, mixed):

@@ -4,14 +4,21 @@ from math import log
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ib_analysis.errors import EstimatorError
+from ib_analysis.calibration import Replays
+from ib_analysis.episodes import make_episodes
+from ib_analysis.errors import CalibrationError, EstimatorError
 from ib_analysis.estimators import Gaussian
+from ib_analysis.estimators.estimate import TOO_FEW
 from ib_analysis.estimators.optima import canonical_correlations, gaussian_bottleneck, noisy_copy
 from ib_analysis.local_plane import bottleneck_curve, joint_covariances, local_plane
 from ib_analysis.options import BITS
+from ib_analysis.plan import Pinned
+from ib_analysis.shape import cache_shape
 
 BETAS = np.geomspace(1.01, 1e6, 200)
 
@@ -88,6 +95,42 @@ def test_curve_ends_at_all_information():
     assert rate[0] == pytest.approx(0, abs=1e-6)
     assert relevance[-1] == pytest.approx((logs[0] + logs[1] - logs[2]) / 2 / log(2), abs=1e-3)
     assert (np.diff(rate) >= 0).all() and (np.diff(relevance) >= 0).all()
+
+
+@pytest.fixture(scope="module")
+def replays_of():
+    """replays_of(tokens of a prompt, dead head or not): two prompts and a small random model, 8 + 32 dimensions of x and y."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+
+    def make(tokens, dead=False):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("llama", num_key_value_heads=2, head_dim=8, **size)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        if dead:
+            model.model.layers[0].self_attn.v_proj.weight.data[:8] = 0
+        episodes = make_episodes(model, None, list(torch.randint(3, 99, (2, tokens))), question_aware=False)
+        return Replays(model, cache_shape(model.config), Pinned(2, 4, 4), "value_aware", episodes)
+
+    return make
+
+
+def test_no_more_tokens_than_dimensions_are_refused(replays_of):
+    with pytest.raises(CalibrationError, match=r"more than 40 compressible tokens, 400 to be accurate, but 2 prompts have \d+:"):
+        local_plane(replays_of(25))
+
+
+@pytest.mark.parametrize(("tokens", "flag"), [(100, TOO_FEW), (260, "")])
+def test_few_tokens_are_flagged(replays_of, tokens, flag):
+    assert set(local_plane(replays_of(tokens))["flags"]) == {flag}
+
+
+def test_a_dead_head_tells_nothing(replays_of):
+    local = local_plane(replays_of(260, dead=True))
+    dead, alive = (local[(local["head"] == head) & (local.part == "values")] for head in (0, 1))
+    curve = dead[dead.kind == "bottleneck"]
+    assert curve[["rate_bits", "relevance_bits"]].to_numpy().tolist() == [[0, 0]]
+    assert dead[["rate_bits", "relevance_bits"]].to_numpy() == pytest.approx(0, abs=1e-4)
+    assert alive[alive.kind == "dithered"].rate_bits.min() > 1
 
 
 def test_copies_without_noise_are_refused():

@@ -5,8 +5,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ib_analysis as ib
+from ib_analysis.errors import CalibrationError
 from ib_analysis.measurement import measure_plans
 from ib_analysis.optimize import allocate_all
 from ib_analysis.plan import plans_nbytes
@@ -103,3 +106,14 @@ def test_a_whole_plane_from_few_prompts(embedded, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{k}" for n in ("plane", "local") for k in ("pdf", "png", "csv")}
     assert "optimal" in str(plane)
     assert pd.read_csv(tmp_path / "plane.csv").family.tolist() == plane.points.family.tolist()  # no name that reads as absent
+
+
+def test_too_few_tokens_for_a_local_plane_leave_the_points():
+    size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **size)).eval()
+    with pytest.warns(UserWarning, match=r"Plane.local is empty: .* more than 96 compressible tokens"):
+        plane = ib.information_plane(model, prompts=list(torch.randint(3, 99, (4, 80))), shares=(1 / 2,))
+    assert "optimal" in set(plane.points.family)
+    assert plane.local.empty
+    with pytest.raises(CalibrationError, match="no local plane"):
+        plane.plot_local()

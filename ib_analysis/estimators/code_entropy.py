@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from math import log
 from typing import ClassVar
 
-import torch
-
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
 from ib_analysis.estimators.entropy import column_entropies_bits, distinct_values, occurrences
 from ib_analysis.estimators.estimate import FEWEST_DOCUMENTS, TOO_FEW, Estimate, flagged
 from ib_analysis.estimators.gaussian import NORMAL_QUANTILE
-from ib_analysis.estimators.samples import Array, Samples, as_numbers, check_documents, check_pairs
+from ib_analysis.estimators.samples import Array, Samples, as_numbers, as_tensor, check_documents, check_pairs
 
 SAMPLES_PER_LEVEL = 10
 
@@ -36,7 +34,7 @@ class CodeEntropy:
         samples = Samples(first, codes, check_documents(documents, count))
         occurrence = occurrences(codes)
         levels = distinct_values(occurrence)  # [..., dy]
-        if torch.as_tensor(y).is_floating_point() and (levels > count / 2).any():
+        if as_tensor("y", y).is_floating_point() and (levels > count / 2).any():
             raise EstimatorError("y takes as many values as there are samples: pass integer codes, or use DitheredChannel")
         bits = column_entropies_bits(codes).sum(-1)
         low, high = bootstrap_interval(bits, -occurrence.double().log2().sum(-1), samples.documents)

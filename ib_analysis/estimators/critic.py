@@ -3,7 +3,8 @@
 The critic is f(x) . g(y) + a(x) + b(y), from two networks with two hidden layers and a linear bypass. Half of the documents
 train it, a quarter says when to stop, and the last quarter is measured: it has had no say, so its mean is a lower bound up to
 luck. Critics of all heads are trained at once, and with them critics that see only half and a quarter of the training samples:
-if these do worse, more samples would do better, and the estimate has not converged.
+if these do worse, more samples would do better, and the estimate has not converged. Nor has one whose critic never beat its
+start, at which all scores are 0: x and y may be independent, or training may have failed.
 """
 
 from __future__ import annotations
@@ -119,12 +120,12 @@ def _embedded(parameters: list[Tensor], values: Tensor) -> Tensor:
 
 
 def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: Pair) -> Tensor:
-    """Leaves the parameters that were best on the stopping samples; returns which critics had stopped improving [H]."""
+    """Leaves the parameters that were best on the stopping samples; returns which improved and had then stopped [H]."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(critics.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best = critics.contributions(contributions, stop).mean(-1)  # [H]
     kept = [parameter.detach().clone() for parameter in critics.parameters]
-    waited = torch.zeros_like(best)
+    waited, improved = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.bool)
     for step in range(1, MOST_STEPS + 1):
         bound = contributions(critics.scores(_batch(train, generator))).mean(-1)  # [H]
         optimizer.zero_grad()
@@ -133,6 +134,7 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
         if step % STEPS_PER_CHECK == 0:
             now = critics.contributions(contributions, stop).mean(-1)
             better = now > best
+            improved |= better
             best, waited = torch.where(better, now, best), torch.where(better, 0, waited + 1)
             for parameter, old in zip(critics.parameters, kept):
                 old[better] = parameter.detach()[better]
@@ -140,7 +142,7 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
                 break
     for parameter, old in zip(critics.parameters, kept):
         parameter.data.copy_(old)
-    return waited >= PATIENCE
+    return (waited >= PATIENCE) & improved
 
 
 def _split(documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:

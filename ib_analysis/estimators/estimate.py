@@ -16,7 +16,7 @@ from ib_analysis.estimators.samples import Array, Samples
 SATURATED = "saturated"  # near the largest value that the method can return for so many samples
 GAUSSIAN_MISFIT = "Gaussian misfit"  # the Gaussian model explains the samples badly
 TOO_FEW = "too few samples"  # fewer than 10 a dimension, or than 10 documents
-NOT_CONVERGED = "not converged"  # still moving with the number of samples, or of training steps
+NOT_CONVERGED = "not converged"  # still moving with the number of samples or of training steps, or never moved
 ABOVE_ENTROPY = "above H(T)"  # the raw value exceeded the entropy of x or y, and was lowered to it
 
 SATURATED_SHARE = 0.7  # McAllester & Stratos 2020 (arXiv 1811.04251): no lower bound from N samples exceeds O(log N)

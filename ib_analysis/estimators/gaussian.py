@@ -70,15 +70,24 @@ def total_correlation_bits(values: Tensor) -> Tensor:
     Raises EstimatorError if there are no more samples than columns, or if some columns determine others.
     """
     z = standardized(values)
-    return total_correlation_of_covariance_bits(z.mT @ z / z.shape[-2], z.shape[-2])
+    factor, _ = _factors(z.mT @ z / z.shape[-2], z.shape[-1], z.shape[-2])
+    return _total_correlation_bits(factor, z.shape[-2])
 
 
-def total_correlation_of_covariance_bits(covariance: Tensor, count: int) -> Tensor:
-    """As `total_correlation_bits`, [...] from covariances [..., d, d] of `count` samples."""
-    dim = covariance.shape[-1]
-    factor, _ = _factors(covariance, dim, count)
-    nats = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (nats - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
+def information_or_nan_bits(correlation: Tensor, dim_x: int, count: int) -> Tensor:
+    """As `information_bits`, [...] from correlations [..., D, D]; NaN where it would raise, so that other heads have theirs."""
+    (joint, joint_holds), (last, last_holds) = (_factor(part) for part in (correlation, correlation[..., dim_x:, dim_x:]))
+    if count <= correlation.shape[-1]:
+        return torch.full_like(joint_holds, torch.nan, dtype=joint.dtype)
+    return _information_bits(joint, last, count).where(joint_holds & last_holds, torch.nan)
+
+
+def total_correlation_or_nan_bits(correlation: Tensor, count: int) -> Tensor:
+    """As `total_correlation_bits`, [...] from correlations [..., d, d] of `count` samples; NaN where it would raise."""
+    factor, holds = _factor(correlation)
+    if count <= correlation.shape[-1]:
+        return torch.full_like(holds, torch.nan, dtype=factor.dtype)
+    return _total_correlation_bits(factor, count).where(holds, torch.nan)
 
 
 def regular(covariance: Tensor) -> Tensor:
@@ -121,6 +130,12 @@ def _factors(covariance: Tensor, dim_x: int, count: int) -> tuple[Tensor, Tensor
     return joint, last
 
 
+def _factor(correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor [..., D, D], and whether it exists with no pivot that rounding could have made [...]."""
+    factor, failed = torch.linalg.cholesky_ex(correlation)
+    return factor, (failed == 0) & (factor.diagonal(dim1=-2, dim2=-1).square() >= LEAST_PIVOT).all(-1)
+
+
 def _check_pivots(factor: Tensor, failed: Tensor, reason: str) -> None:
     """Raises EstimatorError for a vanishing pivot; `failed` [...] is the column at which Cholesky stopped, from 1."""
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
@@ -129,6 +144,12 @@ def _check_pivots(factor: Tensor, failed: Tensor, reason: str) -> None:
     if dependent.any():
         *head, column = dependent.nonzero()[0].tolist()
         raise EstimatorError(f"{reason} {column}" + (f" of head {head}" if head else ""))
+
+
+def _total_correlation_bits(factor: Tensor, count: int) -> Tensor:
+    dim = factor.shape[-1]
+    nats = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (nats - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
 
 
 def _information_bits(joint: Tensor, last: Tensor, count: int) -> Tensor:
@@ -169,7 +190,4 @@ def _mean_of_parts(z: Tensor, dim_x: int, parts: int) -> Tensor:
     part = z[..., : parts * size, :].unflatten(-2, (size, parts)).movedim(-2, -3)  # [..., parts, N / parts, D]
     part = part - part.mean(-2, keepdim=True)
     covariance = part.mT @ part / size
-    joint, joint_failed = torch.linalg.cholesky_ex(covariance)
-    last, last_failed = torch.linalg.cholesky_ex(covariance[..., dim_x:, dim_x:])
-    bits = _information_bits(joint, last, size)
-    return bits.where((joint_failed == 0) & (last_failed == 0), torch.nan).mean(-1)
+    return information_or_nan_bits(covariance, dim_x, size).mean(-1)

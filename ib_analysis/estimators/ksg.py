@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
+from numbers import Integral
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +36,10 @@ class KSG:
 
     neighbours: int = 10
     name: ClassVar[str] = "ksg"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.neighbours, Integral) or self.neighbours < 1:
+            raise EstimatorError(f"neighbours must be a whole number, at least 1, got {self.neighbours!r}")
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
         """See Estimator. Needs 8 documents with more than k samples each eighth, and no more than k equal pairs."""

@@ -28,7 +28,7 @@ def gaussian_bottleneck(correlations: ArrayLike, beta: ArrayLike) -> tuple[NDArr
     """
     tradeoff = np.asarray(beta, dtype=np.float64)[..., None]  # [..., 1]
     squared = np.square(np.asarray(correlations, dtype=np.float64))  # [k]
-    if (tradeoff <= 1).any() or (squared >= 1).any():
+    if not ((tradeoff > 1).all() and (squared < 1).all()):  # NaN is neither
         raise EstimatorError("the Gaussian bottleneck needs beta > 1 and correlations below 1")
     remainder = 1 - squared  # lambda in the paper
     active = (squared > 0) & (remainder < 1 - 1 / tradeoff)
@@ -45,7 +45,7 @@ def noisy_copy(covariance: ArrayLike, dim_x: int, noise: ArrayLike) -> tuple[NDA
     matrix = np.asarray(covariance, dtype=np.float64)
     x, y, cross = matrix[:dim_x, :dim_x], matrix[dim_x:, dim_x:], matrix[:dim_x, dim_x:]
     power = np.asarray(noise, dtype=np.float64)
-    if (power <= 0).any():
+    if not (power > 0).all():
         raise EstimatorError("a copy without noise tells everything: pass positive variances")
     added = power[..., None] * np.eye(dim_x)
     received = np.linalg.slogdet(x + added)[1]
@@ -59,8 +59,8 @@ def reverse_water_filling(variances: ArrayLike, distortion: float) -> tuple[floa
     Each component gets 1/2 log2 (variance / level), or nothing if its variance lies below the level.
     """
     spectrum = np.sort(np.asarray(variances, dtype=np.float64))  # [d]
-    if distortion <= 0 or spectrum.min() < 0:
-        raise EstimatorError("reverse water-filling needs a positive distortion and no negative variance")
+    if not (distortion > 0 and spectrum.size and spectrum.min() >= 0 and np.isfinite(spectrum).all()):
+        raise EstimatorError("reverse water-filling needs a positive distortion and finite variances, none negative")
     if distortion >= spectrum.sum():
         return 0.0, float(spectrum[-1])
     below = np.concatenate([[0.0], np.cumsum(spectrum)[:-1]])  # spent on the components under the level
@@ -74,7 +74,7 @@ def shannon_lower_bound(entropy_bits: float, distortion: float, dim: int = 1) ->
 
     h - d/2 log2 (2 pi e D / d) (Shannon 1959): the only floor that a non-Gaussian source may not cross. May be negative.
     """
-    if distortion <= 0:
+    if not distortion > 0:
         raise EstimatorError("the Shannon lower bound needs a positive distortion")
     return entropy_bits - dim / 2 * log2(2 * pi * e * distortion / dim)
 

@@ -14,6 +14,9 @@ from ib_analysis.errors import EstimatorError
 
 Array: TypeAlias = "Tensor | NDArray[np.generic]"
 
+EXTREME_EXPONENT = 200  # float64 ends at 2^1024, and fourth powers are taken
+LARGEST_EXPONENT = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class Samples:
@@ -41,10 +44,13 @@ class Samples:
 
 
 def check_samples(x: Array, y: Array, documents: Array | None) -> Samples:
-    """Samples of continuous variables. Raises EstimatorError if they are not: wrong shape or dtype, NaN, constant."""
+    """Samples of continuous variables, at a scale whose squares neither vanish nor overflow.
+
+    Raises EstimatorError if they are not: wrong shape or dtype, NaN, constant.
+    """
     first, second = as_floats("x", x), as_floats("y", y)
     check_pairs(first, second)
-    samples = Samples(first, second.to(first.device), check_documents(documents, first.shape[-2]))
+    samples = Samples(_rescaled(first), _rescaled(second.to(first.device)), check_documents(documents, first.shape[-2]))
     _check_varies("x", samples.x)
     _check_varies("y", samples.y)
     return samples
@@ -52,20 +58,39 @@ def check_samples(x: Array, y: Array, documents: Array | None) -> Samples:
 
 def as_floats(name: str, values: Array) -> Tensor:
     """Finite float64 [..., N, d] of floats. Raises EstimatorError otherwise."""
-    if not torch.as_tensor(values).is_floating_point():
+    if not as_tensor(name, values).is_floating_point():
         raise EstimatorError(f"{name} must hold floats: pass the values that codes stand for, or use CodeEntropy for codes")
     return as_numbers(name, values)
 
 
 def as_numbers(name: str, values: Array) -> Tensor:
     """Finite float64 [..., N, d] of floats or of integers. Raises EstimatorError otherwise."""
-    tensor = torch.as_tensor(values)
+    tensor = as_tensor(name, values)
     if tensor.ndim < 2:
         raise EstimatorError(f"{name} must have shape [..., N, d], got {list(tensor.shape)}: pass scalars as {name}[:, None]")
     if not torch.isfinite(tensor).all():
         bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise EstimatorError(f"{name} holds NaN or infinity, first at index {bad}")
     return tensor.detach().to(torch.float64)
+
+
+def as_tensor(name: str, values: Array) -> Tensor:
+    """A tensor of real numbers: tensors as they are, arrays of any byte order, strides or precision, and nested lists.
+
+    Raises EstimatorError for anything else.
+    """
+    if isinstance(values, Tensor):
+        if values.is_complex():
+            raise EstimatorError(f"{name} holds complex numbers: pass real and imaginary parts as columns")
+        return values
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EstimatorError(f"{name} is no array: {error}") from error
+    if array.dtype.kind not in "fiub":
+        raise EstimatorError(f"{name} has dtype {array.dtype}: pass an array of real numbers, as {name}.astype(float)")
+    dtype = np.float64 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+    return torch.as_tensor(np.array(array, dtype=dtype, order="C"))
 
 
 def check_pairs(x: Tensor, y: Tensor, least: int = 2) -> None:
@@ -95,6 +120,13 @@ def standardized(values: Tensor) -> Tensor:
     """Values [..., N, d] with mean 0 and variance 1 in each column."""
     centred = values - values.mean(-2, keepdim=True)
     return centred / centred.square().mean(-2, keepdim=True).sqrt()
+
+
+def _rescaled(values: Tensor) -> Tensor:
+    """Values [..., N, d], columns of extreme scale multiplied by a power of two: exact, and no information changes."""
+    exponent = torch.frexp(values.abs().amax(-2, keepdim=True)).exponent.double()
+    factor = (-exponent).clamp(max=LARGEST_EXPONENT).exp2()
+    return torch.where(exponent.abs() > EXTREME_EXPONENT, values * factor, values)
 
 
 def _check_varies(name: str, values: Tensor) -> None:

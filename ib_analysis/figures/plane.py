@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from ib_analysis.errors import CalibrationError
 from ib_analysis.figures.style import COLORS, PAGE_INCHES, RC, new_figure
 
 FAMILIES = {
@@ -52,10 +53,10 @@ def plot_plane(points: pd.DataFrame) -> Figure:
 
 
 def _draw_limits(axes: Axes, points: pd.DataFrame, rate: str) -> None:
-    """The ceiling, zero, the null and the full cache, and random eviction between them."""
+    """The ceiling (usable information of the full cache), zero, the null and the full cache, and random eviction between them."""
     null, full = (points[points.family == family].iloc[0] for family in ("null point", "full point"))
     axes.axhspan(full.ceiling_low_bits, full.ceiling_high_bits, color="0.95", zorder=0)
-    axes.axhline(full.information_bits, color="0.5", linewidth=0.8, linestyle="--", label="ceiling, with its interval")
+    axes.axhline(full.information_bits, color="0.5", linewidth=0.8, linestyle="--", label="ceiling (usable information)")
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     smallest = points.loc[points[rate] > 0, rate].min()
     rates = np.geomspace(max(null[rate], smallest / 2), full[rate], 100)
@@ -67,7 +68,12 @@ def _draw_limits(axes: Axes, points: pd.DataFrame, rate: str) -> None:
 
 
 def plot_local_plane(local: pd.DataFrame) -> Figure:
-    """Keys and values of the head whose tokens say most about Y, from a `local_plane`: points under the bottleneck's curve."""
+    """Keys and values of the head whose tokens say most about Y, from a `local_plane`: points under the bottleneck's curve.
+
+    Raises CalibrationError if the table is empty, as it is from too few tokens.
+    """
+    if local.empty:
+        raise CalibrationError("there is no local plane: too few tokens were held out, pass more or longer prompts")
     best = local[local.kind == "bottleneck"].sort_values("relevance_bits").iloc[-1]
     layer, head = int(best["layer"]), int(best["head"])
     chosen = local[(local.layer == layer) & (local["head"] == head)]

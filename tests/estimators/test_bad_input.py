@@ -44,6 +44,16 @@ def test_nan_and_infinity(method, bad, pair):
 
 
 @each
+def test_what_holds_no_numbers(method, pair):
+    x, y = pair
+    for bad in (None, "text", x.astype(object), x + 1j, torch.tensor(x) + 1j, [[1.0], [1.0, 2.0]]):
+        with pytest.raises(EstimatorError, match=r"^x "):
+            method.estimate(bad, y)
+        with pytest.raises(EstimatorError, match=r"^y "):
+            method.estimate(x, bad)
+
+
+@each
 def test_lengths_that_differ(method, pair):
     x, y = pair
     with pytest.raises(EstimatorError, match="agree"):

@@ -64,6 +64,16 @@ def test_training_that_more_samples_would_help_is_flagged(trained):
     assert trained[DENSE].flags[NOT_CONVERGED].all()
 
 
+def test_training_that_never_beats_its_start_is_flagged():
+    """One sample at 3000 deviations, where the exponential of every critic explodes."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 2))
+    y = x + 0.3 * rng.standard_normal((4000, 2))
+    x[0], y[0] = 3000 * x[0], 3000 * y[0]
+    estimate = MINE().estimate(x, y)
+    assert estimate.bits > 1 or NOT_CONVERGED in estimate.flags
+
+
 def test_documents_are_not_split_between_training_and_measuring():
     """With both copies of a sample on different sides, the critic could recognise what it was trained on."""
     rng = np.random.default_rng(0)

@@ -134,3 +134,9 @@ def test_too_few_for_an_interval_are_refused():
         KSG().estimate(x[:80], y[:80])
     with pytest.raises(EstimatorError, match="7 documents are too few"):
         KSG().estimate(x, y, np.arange(100) % 7)
+
+
+@pytest.mark.parametrize("neighbours", [0, -1, 1.5, float("nan"), "3"])
+def test_neighbours_that_cannot_be_counted_are_refused(neighbours):
+    with pytest.raises(EstimatorError, match="whole number, at least 1"):
+        KSG(neighbours=neighbours)

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.container import ErrorbarContainer
 
+from ib_analysis.errors import CalibrationError
 from ib_analysis.figures.plane import plot_local_plane, plot_plane
 
 COLUMNS = [
@@ -64,3 +66,8 @@ def test_local_plane_shows_the_head_that_says_most():
     assert np.asarray(curve.get_xydata()).tolist() == [[0.0, 0.0], [9.0, 3.0]]
     assert np.asarray(rotated.get_xydata()).tolist() == [[8.5, 2.5]]
     assert np.size(kivi.get_xdata()) == np.size(keys.lines[1].get_xdata()) == 0
+
+
+def test_an_empty_local_plane_is_refused():
+    with pytest.raises(CalibrationError, match="no local plane"):
+        plot_local_plane(LOCAL[:0])
