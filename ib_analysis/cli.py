@@ -7,6 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ib_analysis.allocation import Allocation
 from ib_analysis.budget import parse_budget
@@ -44,22 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     allocate = commands.add_parser("allocate", help="find the optimal allocation of a model's cache")
-    _add_model(allocate)
+    _add_calibration(allocate, "folder for allocation.json, its figure and the profile")
     allocate.add_argument("--budget", required=True, help="1/8 or 0.125 of the cache, 2bits, 64MiB@8192 or 512x4bits")
-    allocate.add_argument("--out", type=Path, required=True, help="folder for allocation.json, its figure and the profile")
-    allocate.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
     allocate.add_argument("--scorer", choices=SCORERS, default="value_aware")
     allocate.add_argument("--objective", choices=(USABLE, *OBJECTIVES), default=USABLE, help="which information to retain")
-    allocate.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
-    allocate.add_argument("--seed", type=int, default=0)
     allocate.set_defaults(run=_allocate)
 
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
-    _add_model(plane)
-    plane.add_argument("--out", type=Path, required=True, help="folder for both figures, their tables and the profile")
-    plane.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
-    plane.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
-    plane.add_argument("--seed", type=int, default=0)
+    _add_calibration(plane, "folder for both figures, their tables and the profile")
     plane.set_defaults(run=_plane)
 
     estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
@@ -70,11 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     estimators.set_defaults(run=_estimators)
 
     objectives = commands.add_parser("objectives", help="what each objective of the optimizer costs in measured KL")
-    _add_model(objectives)
-    objectives.add_argument("--out", type=Path, required=True, help="folder for objectives.csv, objectives.md and the profile")
-    objectives.add_argument("--prompts", type=Path, help='JSON lines {"text": ...}; by default the package\'s own')
-    objectives.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
-    objectives.add_argument("--seed", type=int, default=0)
+    _add_calibration(objectives, "folder for objectives.csv, objectives.md and the profile")
     objectives.set_defaults(run=_objectives)
 
     generate = commands.add_parser("generate", help="continue a text from a compressed cache")
@@ -90,6 +81,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub name; by default the embedded model")
 
 
+def _add_calibration(parser: argparse.ArgumentParser, out: str) -> None:
+    _add_model(parser)
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
+    parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     make_folder(arguments.out)
     run(arguments.out, not arguments.question_agnostic)
@@ -97,19 +96,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _allocate(arguments: argparse.Namespace) -> None:
     budget = parse_budget(arguments.budget)
-    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
-    make_folder(arguments.out)
-    model, tokenizer = load(arguments.model)
+    model, calibration = _calibration(arguments)
     allocation = optimal_allocation(
         model,
         budget,
-        prompts=prompts,
-        tokenizer=tokenizer,
         scorer=arguments.scorer,
         objective=arguments.objective,
-        question_aware=not arguments.question_agnostic,
-        seed=arguments.seed,
-        profile_path=arguments.out / "profile.safetensors",
+        **calibration,
     )
     allocation.to_json(arguments.out / "allocation.json")
     allocation.plot(arguments.out / "allocation")
@@ -117,17 +110,25 @@ def _allocate(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.out}/")
 
 
-def _plane(arguments: argparse.Namespace) -> None:
+def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and the arguments that every calibration takes. What cannot be read or written fails here, not after it."""
     prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
     make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
+    return model, {
+        "prompts": prompts,
+        "tokenizer": tokenizer,
+        "question_aware": not arguments.question_agnostic,
+        "seed": arguments.seed,
+        "profile_path": arguments.out / "profile.safetensors",
+    }
+
+
+def _plane(arguments: argparse.Namespace) -> None:
+    model, calibration = _calibration(arguments)
     plane = information_plane(
         model,
-        prompts=prompts,
-        tokenizer=tokenizer,
-        question_aware=not arguments.question_agnostic,
-        seed=arguments.seed,
-        profile_path=arguments.out / "profile.safetensors",
+        **calibration,
     )
     plane.plot(arguments.out / "plane")
     plane.plot_local(arguments.out / "local_plane")
@@ -136,16 +137,10 @@ def _plane(arguments: argparse.Namespace) -> None:
 
 
 def _objectives(arguments: argparse.Namespace) -> None:
-    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
-    make_folder(arguments.out)
-    model, tokenizer = load(arguments.model)
+    model, calibration = _calibration(arguments)
     costs = objective_costs(
         model,
-        prompts=prompts,
-        tokenizer=tokenizer,
-        question_aware=not arguments.question_agnostic,
-        seed=arguments.seed,
-        profile_path=arguments.out / "profile.safetensors",
+        **calibration,
     )
     write_whole(arguments.out / "objectives.csv", lambda path: costs.to_csv(path, index=False))
     write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n"))
