@@ -56,7 +56,7 @@ def information(
         dithered_bits, dithered_upper_bits: I(X; X + N), N independent noise with the power of each channel's error: the
             value for Gaussian X, and an upper bound for any X if N is uniform.
         gaussian_bits: min(I_G, H(T)) with the 95% interval of I_G; flag "above H(T)" where they crossed. Where tiers, parts
-            or heads are added, gaussian_low_bits and gaussian_high_bits add their ends: no 95% interval, but one at least as wide.
+            or heads are added, so are the ends gaussian_low_bits and gaussian_high_bits: no 95% interval, but at least as wide.
     Bits per predicted token:
         usable_bits: what the compressed head still says about the next token, all other heads as they are: KL of evicting
             it less KL of compressing it, with a 95% interval over prompts. Of the cache: all heads at once.

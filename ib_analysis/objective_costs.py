@@ -43,9 +43,9 @@ def objective_costs(
     _check_name("scorer", scorer, SCORERS)
     check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
-    chosen, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
+    calibrating, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
     bench = prepare(
-        model, chosen, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
+        model, calibrating, min(shares), scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path
     )
     profile = bench.profile
     held_out = Replays(model, profile.shape, profile.pinned, scorer, rest)

@@ -1,5 +1,7 @@
 """Samples come in any layout and at any scale."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,14 +20,16 @@ def pair():
 @pytest.mark.parametrize("dtype", [">f8", "<f8", ">f4", np.float16, np.longdouble, ">i4", np.uint16, np.uint64, bool])
 def test_arrays_of_any_layout(dtype):
     values = np.arange(12).reshape(4, 3).astype(dtype)
-    for view in (values, values[::-1], values.T, values[:, ::-2], values.tolist()):
+    views: list[Any] = [values, values[::-1], values.T, values[:, ::-2], values.tolist()]
+    for view in views:
         found = as_numbers("x", view)
         assert found.dtype == torch.float64
         assert found.numpy().tolist() == np.asarray(view).astype(float).tolist()
 
 
 def test_lists_keep_double_precision():
-    assert as_numbers("x", [[0.1], [0.2]]).flatten().tolist() == [0.1, 0.2]
+    nested: Any = [[0.1], [0.2]]
+    assert as_numbers("x", nested).flatten().tolist() == [0.1, 0.2]
 
 
 def test_arrays_are_not_shared_with_the_samples(pair):
