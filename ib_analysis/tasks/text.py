@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import cache
+from itertools import pairwise
 
 from tokenizers import Tokenizer
 
@@ -52,7 +53,9 @@ def text(rng: random.Random, length: int) -> Prompt:
         for token in range(1, len(encoding))
         if encoding.word_ids[token] != encoding.word_ids[token - 1]
     ]
-    end_token, end = max(pair for pair in starts if pair[0] <= length)
     tail_tokens = min(TAIL_TOKENS, int(length * TAIL_SHARE))
+    end_token, end = max(  # the last word is no longer than an answer may be
+        pair for before, pair in pairwise(starts) if pair[0] <= length and pair[0] - before[0] <= tail_tokens
+    )
     _, tail = min(pair for pair in starts if pair[0] >= end_token - tail_tokens)
     return Prompt("text", excerpt[:tail], (("", excerpt[tail:end]),))

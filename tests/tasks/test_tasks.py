@@ -5,7 +5,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ib_analysis.errors import CalibrationError
@@ -110,6 +110,7 @@ def test_any_number_of_pairs_and_questions(seed, length, pairs, data):
 
 @quick
 @given(seed=SEEDS, length=st.integers(64, 1023))
+@example(seed=1076, length=64)  # the last word has more tokens than an answer may have
 def test_text_is_a_held_out_excerpt(seed, length):
     prompt = TASKS["text"](Random(seed), length)
     assert any(prompt.text in document for document in held_out_documents())
