@@ -10,7 +10,7 @@ from ib_analysis.budget import Budget
 from ib_analysis.calibration import pinned_for
 from ib_analysis.episodes import Episode
 from ib_analysis.errors import BudgetError, CalibrationError
-from ib_analysis.optimize import _check_lengths
+from ib_analysis.optimize import check_lengths
 
 FEWEST_CALIBRATING = 3  # of which one decides
 
@@ -32,5 +32,5 @@ def split_episodes(episodes: Sequence[Episode], every: int, smallest_share: floa
         raise CalibrationError(
             f"{len(episodes)} prompts are too few, as one in {every} is held out: pass at least {needed}, better 96 or more"
         )
-    _check_lengths(episodes, pinned_for(smallest_share, int(np.median([len(episode.prefill) for episode in calibrating]))))
+    check_lengths(episodes, pinned_for(smallest_share, int(np.median([len(episode.prefill) for episode in calibrating]))))
     return calibrating, held_out

@@ -12,7 +12,7 @@ from ib_analysis.calibration import Replays
 from ib_analysis.held_out import check_shares, split_episodes
 from ib_analysis.measurement import sample_plans
 from ib_analysis.objectives import OBJECTIVES, USABLE
-from ib_analysis.optimize import Prompts, _check_name, allocate, allocate_all, episodes_for, prepare
+from ib_analysis.optimize import Prompts, allocate, allocate_all, check_name, episodes_for, prepare
 from ib_analysis.plan import plans_nbytes
 from ib_analysis.scorers import SCORERS
 
@@ -40,7 +40,7 @@ def objective_costs(
     The other arguments are those of `optimal_allocation`. Raises what that does, before calibration if prompts are fewer
     than 5 or too short.
     """
-    _check_name("scorer", scorer, SCORERS)
+    check_name("scorer", scorer, SCORERS)
     check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
     calibrating, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))

@@ -94,8 +94,8 @@ def optimal_allocation(
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """
     budget = Budget.of(budget)
-    _check_name("scorer", scorer, SCORERS)
-    _check_name("objective", objective, (USABLE, *OBJECTIVES))
+    check_name("scorer", scorer, SCORERS)
+    check_name("objective", objective, (USABLE, *OBJECTIVES))
     shape = cache_shape(model.config)
     if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, shape, scorer, objective)
@@ -141,7 +141,7 @@ def prepare(
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     pinned = pinned_for(smallest_share, length)
     _limit(shape, pinned, length, smallest_share)
-    _check_lengths(episodes, pinned)
+    check_lengths(episodes, pinned)
     deciding, calibrating = list(episodes[2::3]), [episode for i, episode in enumerate(episodes) if i % 3 != 2]
     if not deciding:
         raise CalibrationError(f"{len(episodes)} prompts cannot be split: pass 3 or more, 96 are a good number")
@@ -259,7 +259,7 @@ def episodes_for(
     return make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
 
 
-def _check_name(what: str, name: str, names: Collection[str]) -> None:
+def check_name(what: str, name: str, names: Collection[str]) -> None:
     if name not in names:
         raise UnknownNameError(f"there is no {what} {name!r}: use one of {', '.join(names)}")
 
@@ -274,7 +274,7 @@ def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_lengths(episodes: Sequence[Episode], pinned: Pinned) -> None:
+def check_lengths(episodes: Sequence[Episode], pinned: Pinned) -> None:
     for number, episode in enumerate(episodes):
         if len(episode.prefill) <= pinned.most:
             raise CalibrationError(

@@ -21,7 +21,7 @@ from ib_analysis.figures.style import save_figure
 from ib_analysis.held_out import check_shares, split_episodes
 from ib_analysis.local_plane import COLUMNS, local_plane
 from ib_analysis.measurement import Sample, bootstrap_interval
-from ib_analysis.optimize import Prompts, _check_name, allocate_all, episodes_for, prepare
+from ib_analysis.optimize import Prompts, allocate_all, check_name, episodes_for, prepare
 from ib_analysis.pieces import gather
 from ib_analysis.plan import Plans
 from ib_analysis.policies import POLICIES
@@ -97,7 +97,7 @@ def information_plane(
     A quarter of the prompts (by default 96 of the package's own) is held out: points are measured on it. The other arguments
     are those of `optimal_allocation`. Raises what that does, before calibration if prompts are fewer than 4 or too short.
     """
-    _check_name("scorer", scorer, SCORERS)
+    check_name("scorer", scorer, SCORERS)
     check_shares(shares)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS)
     chosen, rest = split_episodes(episodes, HELD_OUT_EVERY, min(shares))
