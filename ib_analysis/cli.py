@@ -131,7 +131,8 @@ def _plane(arguments: argparse.Namespace) -> None:
         **calibration,
     )
     plane.plot(arguments.out / "plane")
-    plane.plot_local(arguments.out / "local_plane")
+    if not plane.local.empty:
+        plane.plot_local(arguments.out / "local_plane")
     print(plane)
     print(f"written to {arguments.out}/")
 
