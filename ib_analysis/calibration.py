@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, cache_shape
 
 MOST_ROUNDS = 200
-SETTLED = 0.02
+SETTLED = 0.05
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
 SAME = ("model", "shape", "pinned", "scorer", "settings", "options")  # of a profile that is used again
@@ -58,6 +59,13 @@ class Replays:
                 self._kept[number] = replay
                 self._kept_bytes += replay.nbytes
         return replay
+
+    @cached_property
+    def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token of evicting all that can be, accuracy of the full cache), [episodes] each."""
+        shape = self[0].shape
+        kl_bits, accuracy = self.measure([null_plans(shape), (None,) * len(shape.layers)])
+        return kl_bits[:, 0], accuracy[:, 1]
 
     def measure(
         self, tried: Sequence[PlansToTry], show: str = "", first: int = 0, stop: int | None = None
@@ -157,7 +165,7 @@ def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, score
 def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path: Path | None = None) -> int:
     """Lazy measurement: solve, measure the chosen options that are not measured yet, until that changes nothing.
 
-    It ends at a limit when the best choice among measured options is within 2% of the best among all, whose unmeasured
+    It ends at a limit when the best choice among measured options is within 5% of the best among all, whose unmeasured
     prices are proposals, mostly too low. Returns the number of measurements.
     Raises CalibrationError if this takes more than 200 rounds.
     """
@@ -176,7 +184,7 @@ def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path
 
 
 def _to_measure(profile: Profile, limit_bytes: int) -> list[tuple[int, int]]:
-    """(head, option) of the best choice that are not measured yet; none if measuring them could gain no more than 2%."""
+    """(head, option) of the best choice that are not measured yet; none if measuring them could gain no more than 5%."""
     solution = profile.solve(limit_bytes)
     pairs = [(head, int(option)) for head, option in enumerate(solution.choice) if not profile.measured[head, option]]
     if not pairs or not profile.measured.any(1).all():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ib_analysis.calibration import Replays, null_plans
+from ib_analysis.calibration import Replays
 from ib_analysis.files import number_from_json
 from ib_analysis.plan import Plans
 
@@ -104,10 +104,8 @@ class Sample:
 
 def sample_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> Sample:
     """Measures plans, the null point and the full cache on every prompt."""
-    layers = len(next(iter(replays)).shape.layers)
-    tried = [*plans, null_plans(next(iter(replays)).shape), (None,) * layers]
-    kl_bits, accuracy = replays.measure(tried, show)
-    return Sample(kl_bits[:, :-2], accuracy[:, :-2], kl_bits[:, -2], accuracy[:, -1])
+    information_bits, full_accuracy = replays.ends
+    return Sample(*replays.measure(plans, show), information_bits, full_accuracy)
 
 
 def measure_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> list[Measurement]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,9 @@ class Profile:
     def nbytes(self) -> NDArray[np.int64]:
         """Bytes [U, O] of each option at the context length, pinned tokens left out."""
         tokens = self.pinned.compressible(self.context_length)
-        rows = {
-            dim: np.array([option.nbytes(tokens, dim) for option in self.options])
-            for dim in {layer.head_dim for layer in self.shape.layers}
-        }
-        return np.stack([rows[self.shape.layers[layer].head_dim] for layer, _ in self.shape.heads])
+        return np.stack(
+            [_options_nbytes(self.options, tokens, self.shape.layers[layer].head_dim) for layer, _ in self.shape.heads]
+        )
 
     def solve(self, limit_bytes: int, losses: NDArray[np.float64] | None = None) -> Solution:
         """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included.
@@ -121,6 +120,12 @@ class Profile:
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raises ProfileMismatchError if the profile is of another model."""
         check_fingerprint(self.model, config, "profile")
+
+
+@lru_cache(maxsize=8)
+def _options_nbytes(options: tuple[HeadPlan, ...], tokens: int, head_dim: int) -> NDArray[np.int64]:
+    """Bytes [O] of each option for one head; kept, because the solver asks again and again."""
+    return np.array([option.nbytes(tokens, head_dim) for option in options])
 
 
 def plan_from_json(content: dict[str, Any]) -> HeadPlan:
