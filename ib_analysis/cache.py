@@ -83,16 +83,18 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self.keys = torch.cat([self.keys, new_keys.to(self.dtype)], dim=2)
         self.values = torch.cat([self.values, new_values.to(self.dtype)], dim=2)
         length = query.shape[2]
-        visible = self._exact_mask(length, mask)  # [B or 1, 1, M, S + w]
+        visible = self._exact_mask(length, mask)
         block = max(1, QUERY_ROWS * len(self.plans) // query.shape[1])
         outs = [
-            self._attend_all(query[:, :, i : i + block], visible[:, 0, i : i + block], scaling, extras)
+            self._attend_all(
+                query[:, :, i : i + block], None if visible is None else visible[:, 0, i : i + block], scaling, extras
+            )
             for i in range(0, length, block)
         ]
         self._flush(query, visible, scaling)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _attend_all(self, query: Tensor, visible: Tensor, scaling: float, extras: dict[str, Any]) -> Tensor:
+    def _attend_all(self, query: Tensor, visible: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
         """Output [B, H, M, D] for queries [B, H, M, D] and pinned tokens `visible` [B or 1, M, S + w]; packed ones all see."""
         assert self.keys is not None and self.values is not None
         pairs = self.keys.shape[0] * self.keys.shape[1]
@@ -101,13 +103,16 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             self.step = plan(parts, pairs, self.device)
         query32 = query.float() if query.dtype == torch.float64 else query
         rows = query32.reshape(pairs, -1, query.shape[-1]).contiguous()  # [B * H_kv, G * M, D]
-        window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), visible.contiguous())
+        seen = None if visible is None else visible.contiguous()
+        window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), seen)
         out, lse = packed_attention(rows, parts, window, scaling, extras.get("softcap"), step=self.step, backend=self.backend)
         return finish([out], [lse], query, extras)
 
-    def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor:
-        """Which pinned tokens the `length` newest positions see: bool [B or 1, 1, length, S + w]."""
+    def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor | None:
+        """Which pinned tokens the `length` newest positions see: bool [B or 1, 1, length, S + w], or None if all are seen."""
         assert self.keys is not None
+        if length == 1 and mask is None and self.sink_mask is None:
+            return None
         tokens = self.keys.shape[2]
         sinks = self._sink_count
         if mask is None:
@@ -143,7 +148,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         if self.start > sinks and bool(leaving.any()):
             self._pack(leaving, self.scorer(query, keys, values, valid, scaling), keys, values)
 
-    def _flush(self, query: Tensor, visible: Tensor, scaling: float) -> None:
+    def _flush(self, query: Tensor, visible: Tensor | None, scaling: float) -> None:
         """Moves the oldest tokens out of the window, as many as the length asks for, ranked by the newest queries."""
         assert self.keys is not None and self.values is not None
         sinks = min(self.pinned.sinks, self.cumulative_length)
@@ -151,7 +156,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         count = sinks + self.pinned.compressible(self.cumulative_length) - self.start
         if count <= 0:
             return
-        present = visible[:, 0, -1].expand(self.keys.shape[0], -1)  # [B, S + w]: what the newest token sees is no padding
+        present = self._present(visible)
         leaving = present.clone()
         leaving[:, :sinks] = leaving[:, sinks + count :] = False
         self._pack(leaving, self.scorer(query, self.keys, self.values, present, scaling), self.keys, self.values)
@@ -159,12 +164,19 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], dim=2)
         self.start += count
 
-    def _grow_sinks(self, sinks: int, visible: Tensor) -> None:
+    def _present(self, visible: Tensor | None) -> Tensor:
+        """Which pinned tokens are no padding, because the newest token sees them: bool [B, S + w]."""
+        assert self.keys is not None
+        batch, tokens = self.keys.shape[0], self.keys.shape[2]
+        if visible is None:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
+        return visible[:, 0, -1].expand(batch, -1)
+
+    def _grow_sinks(self, sinks: int, visible: Tensor | None) -> None:
         """While the cache is shorter than its sinks, every token becomes one."""
         grown = sinks - self._sink_count
         if grown > 0:
-            assert self.keys is not None
-            seen = visible[:, 0, -1, :sinks].expand(self.keys.shape[0], -1)
+            seen = self._present(visible)[:, :sinks]
             self.sink_mask = None if bool(seen.all()) else seen.clone()
             self.start += grown
 

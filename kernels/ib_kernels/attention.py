@@ -41,6 +41,8 @@ def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(f"got {len(outs)} outputs and {len(lses)} log-sum-exps: pass one of each for every part")
+    if len(outs) == 1:
+        return outs[0], lses[0]
     stacked = torch.stack(lses)  # [parts, P, R]
     lse = torch.logsumexp(stacked, dim=0)
     weights = torch.exp(stacked - _finite(lse))

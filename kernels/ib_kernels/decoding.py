@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +137,10 @@ def packed_attention_triton(
     bias: Tensor | None = None,
     step: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`packed_attention` by the kernels: one launch a part, one for the window, one to merge."""
+    """`packed_attention` by the kernels: one launch a part, one for the window, one to merge.
+
+    In a CUDA graph the window is a branch of its own: its few programs run beside the others.
+    """
     from ib_kernels import decoding_triton, merge_triton, raw_attention_triton, rotation_triton
 
     pairs, rows, head_dim = query.shape
@@ -151,6 +155,12 @@ def packed_attention_triton(
     out = torch.empty(pairs, rows, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(pairs, rows, dtype=torch.float32, device=device)
     with torch.cuda.device_of(query):  # Triton launches on the current GPU
+        seen = window is not None and window.keys.shape[1] > 0
+        if window is not None and seen:
+            with _branch(query) as branch:
+                raw_attention_triton.attend_window(
+                    query, window.keys, window.values, window.mask, step.slots, partial, partial_lse, scaling, softcap
+                )
         for part, items in zip(parts, step.items, strict=True):
             if part.key_bits == RAW_BITS:
                 keys, values = part.keys["words"], part.values["words"]
@@ -160,13 +170,22 @@ def packed_attention_triton(
                 decoding_triton.attend(part, rotated, shifts, items, partial, partial_lse, scaling, softcap)
             else:
                 decoding_triton.attend(part, query, query, items, partial, partial_lse, scaling, softcap)
-        seen = window is not None and window.keys.shape[1] > 0
-        if window is not None and seen:
-            raw_attention_triton.attend_window(
-                query, window.keys, window.values, window.mask, step.slots, partial, partial_lse, scaling, softcap
-            )
+        if seen and branch is not None:
+            torch.cuda.current_stream().wait_stream(branch)
         merge_triton.merge_slots(step, partial, partial_lse, bias, seen, out, lse)
     return out, lse
+
+
+@contextmanager
+def _branch(query: Tensor) -> Iterator[torch.cuda.Stream | None]:
+    """What is launched within is a branch of the CUDA graph that is being captured, until its stream is waited for."""
+    if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        yield None
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield stream
 
 
 def _check(query: Tensor, parts: Sequence[Packed], window: Window | None, bias: Tensor | None) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
-REGISTERS = 65536  # of a GPU core
+REGISTERS = 16384  # of each of the four parts of a GPU core; a warp stays in one
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
 
@@ -76,12 +76,14 @@ def variant(
 ) -> dict[str, Any]:
     """Constants that select one compiled variant of `attend_kernel`."""
     small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
-    wide = small and rows > 8 and head_dim & (head_dim - 1) == 0
+    odd = head_dim & (head_dim - 1) != 0
+    wide = small and rows > 8 and not odd
+    long = small and not wide and (odd or key_bits != 4 or value_bits == 8)
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
         "M": 16 if wide else 8,  # query rows and tokens of one pass: what the registers hold
-        "N": 64 if small and not wide else 32,
+        "N": 64 if long else 32,
         "SPLIT": dtype == torch.float32,
         "SOFTCAP": softcap,
         **constants("K", head_dim, key_bits),
@@ -92,29 +94,31 @@ def variant(
 def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
 
-    A core holds 12 programs of a warp with 168 registers, 11 with 184, 10 with 200 and 8 with 255.
+    A core holds 16 programs of a warp with 128 registers, 12 with up to 168 and 8 with more: the more, the faster.
     """
     head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
     odd = head_dim & (head_dim - 1) != 0
+    plain = selected["M"] == 8 and not (odd or selected["SOFTCAP"])
     if not selected["KIVI"]:
-        few = selected["M"] == 8 and not (odd or selected["SOFTCAP"] or 8 in bits or (3 in bits and head_dim > 128))
-        few &= head_dim >= 128 or capability < 100
-        least = 200 if 3 in bits else 184 if capability >= 100 else 168
-        return {"num_warps": 1, "num_stages": 2, "maxnreg": least if few else 255}
+        if not plain or 3 in bits or 8 in bits or (capability >= 100 and (head_dim != 128 or bits == (2, 4))):
+            return {"num_warps": 1, "num_stages": 2, "maxnreg": 255}
+        fewest = selected["N"] == 32 and head_dim <= 128 and capability < 100
+        return {"num_warps": 1, "num_stages": 3 if head_dim <= 128 else 2, "maxnreg": 128 if fewest else 168}
     if head_dim > 128 or (selected["KB"] == 3 and odd):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
-    few = bits in ((4, 4), (4, 2)) and not (odd or selected["SPLIT"] or selected["SOFTCAP"])
-    return {"num_warps": 1, "num_stages": 3, "maxnreg": 184 if few else 255}
+    few = bits in ([(4, 4)] if capability >= 100 else [(4, 4), (4, 2), (2, 2)]) and plain and not selected["SPLIT"]
+    return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
 
 
 def programs_per_core(packed: Packed, capability: int) -> int:
     """How many programs of a decode step's attention to a part a GPU core holds, by the registers that they may use."""
     precision = (packed.key_bits, packed.value_bits)
     launch = options(variant(packed.format, packed.head_dim, *precision, 1, torch.bfloat16, False), capability)
-    return REGISTERS // (32 * launch["num_warps"] * launch["maxnreg"])
+    registers = 32 * (-(-launch["maxnreg"] // 8) * 8)  # of a warp
+    return 4 * (REGISTERS // registers) // launch["num_warps"]
 
 
 @triton.jit

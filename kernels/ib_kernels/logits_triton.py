@@ -91,6 +91,7 @@ def kivi_logits(
     The scaled query is the sum of two fp16 numbers: channels of large keys need more than its eleven bits.
     """
     s = tl.zeros([32, M], tl.float32)
+    bias = tl.zeros([C, M], tl.float32)
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
         w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
@@ -103,13 +104,20 @@ def kivi_logits(
             q_low = low[h * F + i]
             scaled, rest = scale_query(q, tl.broadcast_to(k_scale[:, None], [C, M]), ASM)
             u = codes(w_low, w_high, i, D, T, BITS, 0.0, ASM)
-            minima = tl.broadcast_to(k_minimum[None, :], [32, C])
             if SPLIT:
                 rest += q_low * k_scale[:, None]
-                s = tl.dot(minima, q_low, s)
             s = tl.dot(u, scaled, s)
             s = tl.dot(u, rest, s)
-            s = tl.dot(minima, q, s)
+            if BITS == 2:  # needs fewer registers here, and more at other precisions
+                exact = q.to(tl.float32) + q_low.to(tl.float32) if SPLIT else q.to(tl.float32)
+                bias += exact * k_minimum.to(tl.float32)[:, None]
+            else:
+                minima = tl.broadcast_to(k_minimum[None, :], [32, C])
+                s = tl.dot(minima, q, s)
+                if SPLIT:
+                    s = tl.dot(minima, q_low, s)
+    if BITS == 2:
+        s += tl.sum(bias, 0)[None, :]
     return s * scaling
 
 

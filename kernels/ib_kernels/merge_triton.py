@@ -10,6 +10,8 @@ from ib_kernels.planning import Plan
 from ib_kernels.rotation_triton import constants, rotate
 from torch import Tensor
 
+SLOTS = 64  # that a program merges at a time
+
 
 def merge_slots(
     plan: Plan, partial: Tensor, partial_lse: Tensor, bias: Tensor | None, window: bool, out: Tensor, lse: Tensor
@@ -41,8 +43,8 @@ def merge_slots(
 
 def variant(head_dim: int, bias: bool, window: bool, rotated: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants that select one compiled variant of `merge_kernel`, and how to launch it."""
-    flags = {"BIAS": bias, "WINDOW": window, "ROTATED": rotated}
-    return constants(head_dim) | flags, {"num_warps": max(4, triton.next_power_of_2(head_dim) // 16), "num_stages": 1}
+    flags = {"BIAS": bias, "WINDOW": window, "ROTATED": rotated, "S": SLOTS}
+    return constants(head_dim) | flags, {"num_warps": max(8, triton.next_power_of_2(head_dim) // 16), "num_stages": 1}
 
 
 @triton.jit
@@ -61,40 +63,45 @@ def merge_kernel(
     BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
     ROTATED: tl.constexpr,
+    S: tl.constexpr,
 ):
     pair, r = tl.program_id(0), tl.program_id(1)
     window = tl.load(slots + pair)
     begin = window if WINDOW else window + 1
     end = tl.load(slots + pair + 1)
     shift = tl.load(bias + pair * R + r) if BIAS else 0.0
-    maximum = tl.full([32], -float("inf"), tl.float32)
-    for first in range(begin, end, 32):
-        slot = first + tl.arange(0, 32)
-        maximum = tl.maximum(maximum, slot_lse(partial_lse, slot, end, window, shift, R, r))
-    top = tl.max(maximum, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)  # a row that sees nothing: all weights become 0, none NaN
     d = tl.arange(0, DP)
-    total = tl.zeros([32], tl.float32)
-    plain = tl.zeros([DP], tl.float32)
-    turned = tl.zeros([DP], tl.float32)
-    for first in range(begin, end, 32):
-        slot = first + tl.arange(0, 32)
-        weight = tl.exp(slot_lse(partial_lse, slot, end, window, shift, R, r) - top)
-        total += weight
-        inside = (weight > 0)[:, None] & (d < D)[None, :]  # what has no weight may hold anything
+    # Every S-th slot is merged on its own, and these S results at the end.
+    maximum = tl.full([S], -float("inf"), tl.float32)
+    total = tl.zeros([S], tl.float32)
+    plain = tl.zeros([S, DP], tl.float32)
+    turned = tl.zeros([S, DP], tl.float32)
+    for first in range(begin, end, S):
+        slot = first + tl.arange(0, S)
+        inside = (slot < end)[:, None] & (d < D)[None, :]
         o = tl.load(partial + (slot.to(tl.int64) * R + r)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        x = slot_lse(partial_lse, slot, end, window, shift, R, r)
+        new = tl.maximum(maximum, x)
+        fade = tl.exp(maximum - finite(new))
+        weight = tl.exp(x - finite(new))
+        maximum = new
+        total = total * fade + weight
+        o = tl.where((weight > 0)[:, None], o, 0.0) * weight[:, None]  # what has no weight may hold anything
         if ROTATED:
             back = tl.load(rotated + slot, mask=slot < end, other=0) != 0
-            turned += tl.sum(o * tl.where(back, weight, 0.0)[:, None], 0)
-            weight = tl.where(back, 0.0, weight)
-        plain += tl.sum(o * weight[:, None], 0)
+            turned = turned * fade[:, None] + tl.where(back[:, None], o, 0.0)
+            o = tl.where(back[:, None], 0.0, o)
+        plain = plain * fade[:, None] + o
+    top = tl.max(maximum, 0)
+    scale = tl.exp(maximum - finite(top))
+    merged = tl.sum(plain * scale[:, None], 0)
     if ROTATED:
-        plain += rotate(turned, DP, BLOCK)
-    total = tl.sum(total, 0)
+        merged += rotate(tl.sum(turned * scale[:, None], 0), DP, BLOCK)
+    total = tl.sum(total * scale, 0)
     sees = total > 0
     total = tl.where(sees, total, 1.0)
     row = (pair * R + r).to(tl.int64)
-    tl.store(out + row * D + d, plain / total, mask=d < D)
+    tl.store(out + row * D + d, merged / total, mask=d < D)
     tl.store(lse + row, tl.where(sees, tl.log(total) + top, -float("inf")))
 
 
@@ -102,3 +109,9 @@ def merge_kernel(
 def slot_lse(lse, slot, end, window, shift, R, r):
     x = tl.load(lse + slot.to(tl.int64) * R + r, mask=slot < end, other=-float("inf"))
     return tl.where(slot > window, x + shift, x)
+
+
+@triton.jit
+def finite(maximum):
+    """0 in place of the maximum of rows that see nothing: all their weights become 0, none NaN."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)

@@ -41,12 +41,14 @@ def plan(parts: Sequence[Packed], pairs: int, device: torch.device, items: int |
     """Cut the runs of `parts` into about `items` pieces a part, by default what fills the GPU.
 
     The pieces of a run have whole groups of 32 tokens and differ by one group at most. Nothing is read back from the GPU.
+    A few more pieces than programs that run at a time would take as long as twice as many, so there are at most `items` of
+    them, if there are fewer runs than half of that.
 
     Args:
         parts: packed tokens of the same batch; a pair may appear in several, and several times in one.
         pairs: number of (sequence, KV head) pairs of the batch.
         device: where the parts are.
-        items: pieces to aim at; every part gets up to `items` plus the number of its runs. By default what a GPU runs at once.
+        items: pieces to aim at in every part. By default what a GPU runs at once.
     """
     aims = [_items_that_fill(part) if items is None else items for part in parts]
     sizes = [_piece_tokens(part.lengths, aim) for part, aim in zip(parts, aims)]
@@ -84,8 +86,9 @@ def _items_that_fill(part: Packed) -> int:
 
 
 def _piece_tokens(lengths: Tensor, items: int) -> Tensor:
-    """Tokens of the pieces of each run, whole groups: int64 [P]. All runs together give at most `items` + P pieces."""
-    most = _whole_groups(-(-lengths.sum() // items)).clamp(min=ITEM_TOKENS)
+    """Tokens of the pieces of each run, whole groups: int64 [P]. All runs together give at most max(items, items / 2 + P)."""
+    whole = max(1, items - min(items // 2, lengths.shape[0]))  # a run has up to one piece more than its share of these
+    most = _whole_groups(-(-lengths.sum() // whole)).clamp(min=ITEM_TOKENS)
     pieces = (-(-lengths.long() // most)).clamp(min=1)  # [P]
     return _whole_groups(-(-lengths.long() // pieces)).clamp(min=GROUP_TOKENS)
 

@@ -46,12 +46,22 @@ def rotate_query_kernel(query, pairs, centre, rotated, shifts, R, D: tl.constexp
 
 @triton.jit
 def rotate(x, DP: tl.constexpr, BLOCK: tl.constexpr):
-    """x [DP] times the orthonormal block-Hadamard matrix with blocks of BLOCK <= 256."""
-    i = tl.arange(0, DP)[:, None]
-    j = tl.arange(0, DP)[None, :]
-    ones = i & j & (BLOCK - 1)  # the sign is the parity of the bits that row and column share
-    ones ^= ones >> 4
+    """x [DP] times the orthonormal block-Hadamard matrix with blocks of BLOCK <= 256.
+
+    The matrix of a block is a Kronecker product, so a block is a square of HIGH x LOW numbers whose sides are rotated in turn.
+    """
+    LOW: tl.constexpr = 16 if BLOCK > 16 else BLOCK
+    HIGH: tl.constexpr = BLOCK // LOW
+    square = tl.reshape(x, [DP // BLOCK, HIGH, LOW])
+    square = tl.sum(square[:, :, :, None] * signs(LOW)[None, None, :, :], 2)
+    square = tl.sum(square[:, :, None, :] * signs(HIGH)[None, :, :, None], 1)
+    return tl.reshape(square, [DP]) * (1.0 / tl.sqrt(1.0 * BLOCK))
+
+
+@triton.jit
+def signs(SIZE: tl.constexpr):
+    """Hadamard matrix [SIZE, SIZE] for SIZE <= 16: the sign is the parity of the bits that row and column share."""
+    ones = tl.arange(0, SIZE)[:, None] & tl.arange(0, SIZE)[None, :]
     ones ^= ones >> 2
     ones ^= ones >> 1
-    sign = tl.where(i // BLOCK == j // BLOCK, 1.0 - 2.0 * (ones & 1).to(tl.float32), 0.0)
-    return tl.sum(sign * x[:, None], 0) * (1.0 / tl.sqrt(1.0 * BLOCK))
+    return 1.0 - 2.0 * (ones & 1).to(tl.float32)
