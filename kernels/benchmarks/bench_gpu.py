@@ -4,7 +4,7 @@
 
 Checks that the kernels are right, then measures part by part: bandwidth, attention, packing, decode. Every result is
 written to the CSV file when it is there, and what the file already has for this device is not measured again, so a run can
-be stopped and continued. Each part stops after --seconds; another run goes on from there. --smoke runs all of it at tiny
+be stopped and continued; what could not run is tried again. Each part stops after --seconds; another run goes on from there. --smoke runs all of it at tiny
 sizes under Triton's interpreter, without a GPU: its times mean nothing.
 
 Modules that import Triton are imported late, because it looks then whether it shall interpret.
@@ -73,12 +73,12 @@ def run(parts: tuple[str, ...], csv: Path, table: Path, seconds: float, smoke: b
 
 def measure(part: str, csv: Path, smoke: bool, end: float) -> Iterator[Row]:
     """New rows of a part, each written to the CSV file, until time.monotonic() is `end`."""
-    from math import nan
+    from math import isfinite, nan
 
     from results import Measured, NotRunError, Row, append, read
     from timing import device_name
 
-    done = {row.key for row in read(csv, device_name())}
+    done = {row.key for row in read(csv, device_name()) if isfinite(row.milliseconds)}
     for task in tasks(part, smoke):
         if (task.part, task.case, task.method) in done:
             continue

@@ -23,6 +23,7 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
 
 PINNED = Pinned(sinks=4, window=128, flush=64)
+WARM_UP_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ def tasks(cases: list[Case]) -> Iterator[Task]:
 def time_cache(case: Case, make: Callable[[PreTrainedModel], Cache]) -> Measured:
     """Median time of a decode step, everything included; peak memory while decoding, weights included."""
     llm = model(case.small)
-    held = make(llm)
     torch.manual_seed(0)
     prompt = torch.randint(0, llm.config.vocab_size, (1, case.context), device=device())
+    if not case.small:
+        short = make(llm)
+        for ids in (prompt[:, :WARM_UP_TOKENS], *prompt[:, : PINNED.flush + 1].split(1, dim=1)):  # compiles the kernels
+            step(llm, ids, short)
+    held = make(llm)
     reset_peak()
     begin = time.perf_counter()
     token = step(llm, prompt, held)

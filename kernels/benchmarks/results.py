@@ -14,6 +14,7 @@ SPEED_UP = {4: 3.0, 2: 4.5}  # over SDPA on bf16
 SHARE_OF_FLOOR = {4: 0.7, 2: 0.6}  # of the bandwidth of a read-only stream
 SHARE_OF_COPY = 0.6  # of the bandwidth of a copy, by quantize-and-pack
 SKEWED = 0.85  # of the bandwidth with equal lengths
+BASELINES = ("DynamicCache", "QuantizedCache")  # of decoding
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Row:
 
 
 def read(path: Path, device: str) -> list[Row]:
-    """The lines of a table that were measured on this device; none if there is no table."""
+    """The last result of each task on this device; none if there is no table."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["device"] == device]
-    return [Row.from_line(line) for line in lines]
+        rows = [Row.from_line(line) for line in csv.DictReader(file) if line["device"] == device]
+    return list({row.key: row for row in rows}.values())
 
 
 def append(path: Path, row: Row) -> None:
@@ -129,7 +130,7 @@ def ratios(rows: list[Row]) -> list[Ratio]:
             found += [
                 Ratio(row, base.method, base.milliseconds / row.milliseconds)
                 for base in measured.values()
-                if base.case == row.case and base.part == "decode" and base.method.startswith("DynamicCache") and base is not row
+                if base.case == row.case and base.part == "decode" and base.method.startswith(BASELINES) and base is not row
             ]
     return found
 
