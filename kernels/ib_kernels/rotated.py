@@ -49,13 +49,13 @@ class RotatedKeys:
         return {"centre": (total / lengths.clamp(min=1)[:, None]).to(torch.float16)}
 
     def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths)]
+        centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths, x.shape[0])]
         codes, scale = _quantize_rotated(rotate(centred), bits)
         return codes, {"scale": scale, "centre": fitted["centre"]}
 
     def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
         centred = rotate(_dequantize_rotated(codes, metadata["scale"], bits))
-        return centred + metadata["centre"].float()[ragged.run_of_row(lengths)]
+        return centred + metadata["centre"].float()[ragged.run_of_row(lengths, codes.shape[0])]
 
 
 ROTATED = Format("rotated", RotatedKeys(), RotatedValues())

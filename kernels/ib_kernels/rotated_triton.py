@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
-from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, pieces, source
+from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, most_pieces, pieces, source
 from ib_kernels.rotated import GAUSSIAN_STEP
 from torch import Tensor
 
@@ -25,12 +25,16 @@ CENTRE_TOKENS = 512  # tokens that a program sums
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
-    """Parts (see `packed.Packed`) of keys around the centres fp16 [P, D], or of values if there are none."""
+def pack(x: Tensor, rows: Tensor, tokens: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
+    """Parts (see `packed.Packed`) of keys around the centres fp16 [P, D], or of values if there are none.
+
+    Args:
+        x, rows: as for `quantize_pack`.
+        tokens: the pieces of TOKENS tokens.
+    """
     head_dim = x.shape[3]
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
-    tokens = pieces(lengths, TOKENS)
     if tokens.shape[0]:
         tensors = (words, scale, scale if centre is None else centre)
         selected, launch = pack_constants(head_dim, bits, centre is not None), options(head_dim, x.dtype)
@@ -40,9 +44,10 @@ def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | N
 
 def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -> Tensor:
     """Rows fp32 [N, D] of a part of keys or of values."""
-    out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
+    count = part["words"].shape[0]
+    out = empty(torch.float32, part["words"], count, head_dim)
     centred = "centre" in part
-    tokens = pieces(lengths, TOKENS)
+    tokens = pieces(lengths, TOKENS, most_pieces(count, lengths.shape[0], TOKENS))
     if tokens.shape[0]:
         tensors = (part["words"], part["scale"], part["centre"] if centred else part["scale"], out)
         selected, launch = pack_constants(head_dim, bits, centred), options(head_dim, torch.float16)
@@ -50,10 +55,9 @@ def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -
     return out
 
 
-def centre(keys: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of the kept keys of every run: fp16 [P, D], 0 for an empty run."""
+def centre(keys: Tensor, rows: Tensor, lengths: Tensor, parts: Tensor) -> Tensor:
+    """Mean of the kept keys of every run: fp16 [P, D], 0 for an empty run. `parts` are the pieces of CENTRE_TOKENS tokens."""
     head_dim = keys.shape[3]
-    parts = pieces(lengths, CENTRE_TOKENS)
     sums = empty(torch.float64, keys, parts.shape[0], head_dim)
     if parts.shape[0]:
         sum_kernel[(parts.shape[0],)](keys, rows, parts, sums, *source(keys), **sum_constants(head_dim), **SUM_OPTIONS)
@@ -182,7 +186,7 @@ def unpack_kernel(
     first = tl.load(pieces + piece * 3).to(tl.int64)
     tokens = tl.load(pieces + piece * 3 + 1)
     run = tl.load(pieces + piece * 3 + 2).to(tl.int64)
-    row = first + tl.minimum(tl.arange(0, N), tokens - 1)
+    row = first + tl.minimum(tl.arange(0, N), tl.maximum(tokens - 1, 0))  # a piece may have no tokens
     c = tl.arange(0, C)[None, :]
     words += row[:, None] * (D * BITS // 16) + c
     step = tl.load(scale + row).to(tl.float32)[:, None]
