@@ -29,7 +29,7 @@ def quantize_pack(
     raw_dtype: torch.dtype = torch.float16,
     backend: Backend | None = None,
 ) -> Packed:
-    """Packed tokens of P runs. On a GPU one pass reads the kept tokens (two read the keys of a rotated format).
+    """Packed tokens of P runs. On a GPU one pass reads the kept tokens.
 
     Args:
         fmt: a name in FORMATS.
@@ -39,7 +39,7 @@ def quantize_pack(
         lengths: int32 [P], kept tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair of each run.
         key_bits, value_bits: 2, 3, 4, 8, or 16 for raw storage.
-        centre: fp16 [P, D], subtracted from rotated keys; by default the mean of each run.
+        centre: fp16 [P, D], subtracted from rotated keys; by default the mean of a sample of each run.
         raw_dtype: torch.float16 or torch.bfloat16, what 16 bits means. Larger values saturate.
         backend: by default that of the device (see `backends`). Both give the same bits.
 
@@ -101,8 +101,9 @@ def quantize_pack_triton(
         if fmt == "kivi":
             return kivi_triton.pack_keys(keys, rows, tokens, key_bits), kivi_triton.pack_values(values, rows, tokens, value_bits)
         if centre is None:
-            size = rotated_triton.CENTRE_TOKENS
-            centre = rotated_triton.centre(keys, rows, lengths, pieces(lengths, size, piece_count(known, size)))
+            longest = max([1, *known])
+            runs = pieces(lengths, longest, piece_count(known, longest))
+            centre = rotated_triton.centre(keys, rows, runs, lengths.shape[0])
         key_parts = rotated_triton.pack(keys, rows, tokens, key_bits, centre)
         return key_parts, rotated_triton.pack(values, rows, tokens, value_bits, None)
 

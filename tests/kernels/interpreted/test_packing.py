@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from ib_kernels import quantize_pack, unpack_tokens
+from ib_kernels import quantize_pack, rotated, rotated_triton, unpack_tokens
 from ib_kernels.packed import Packed, unpack_tokens_triton
 from ib_kernels.packing import quantize_pack_triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,6 +124,16 @@ def test_a_given_centre_is_kept(packed_by_kernels):
     centre = torch.randn(4, 32).to(torch.float16)
     kernels = packed_by_kernels("rotated", keys, values, rows, lengths, pairs, 4, 4, centre)
     assert_same(kernels, quantize_pack("rotated", keys, values, rows, lengths, pairs, 4, 4, centre))
+
+
+@pytest.mark.parametrize("most", [16, 33, 300])
+def test_centre_of_a_sample(packed_by_kernels, monkeypatch, most):
+    monkeypatch.setattr(rotated, "CENTRE_TOKENS", most)
+    monkeypatch.setattr(rotated_triton, "CENTRE_TOKENS", most)
+    lengths = [129, 0, 33, 128]
+    keys, values, rows, pairs = random_cache(16, torch.bfloat16, lengths)
+    arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, 4, 4)
+    assert_same(packed_by_kernels(*arguments), quantize_pack(*arguments))
 
 
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
