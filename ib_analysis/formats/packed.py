@@ -16,7 +16,7 @@ from torch import Tensor
 
 RUN_BYTES = 8  # of a run: its number of tokens and its pair, int32 each
 
-Count = TypeVar("Count", NDArray[np.int64], Tensor)
+Count = TypeVar("Count", int, NDArray[np.int64], Tensor)
 
 
 class PackedTokens:
@@ -93,39 +93,37 @@ class PackedTokens:
                 f"got {lengths.shape[0]} runs of head_dim {keys.shape[1]}: pass one length, 0 allowed, for each of the "
                 f"{self.lengths.shape[0]} runs of head_dim {packed.head_dim}"
             )
-        lengths = lengths.to(self.lengths)
-        complete = self.lengths - self.lengths % _group_tokens(packed)  # [P]
-        head, tail = _split(packed, complete)
-        tail_keys, tail_values = unpack_tokens(tail, self.backend)
-        added = _quantize(
-            packed.format,
-            ragged.interleave(tail_keys, tail.lengths, keys.float(), lengths),
-            ragged.interleave(tail_values, tail.lengths, values.float(), lengths),
-            tail.lengths + lengths,
-            packed.pairs,
-            packed.key_bits,
-            packed.value_bits,
-            _centre(packed, keys.float(), lengths),
-            self.dtype,
-            self.backend,
-        )
-        self.packed = _joined(head, added)
+        lengths = lengths.to(self.lengths.device)
+        held, new = torch.stack([self.lengths, lengths]).tolist()  # at once, because reading waits for the GPU
+        ragged.check_counts(keys, new)
+        lengths, keys, values = lengths.to(torch.int32), keys.float(), values.float()
+        begins = any(before == 0 < n for before, n in zip(held, new))
+        centre = _centre(packed, keys, lengths) if begins else packed.keys.get("centre")
+        head, added, group = packed, lengths, _group_tokens(packed)
+        if any(n % group for n in held):
+            complete = self.lengths - self.lengths % group  # [P]
+            head, tail = _split(packed, complete, sum(n - n % group for n in held))
+            to = ragged.places(tail.lengths, sum(n % group for n in held), lengths, keys.shape[0])
+            keys, values = (ragged.place(old, x, to) for old, x in zip(unpack_tokens(tail, self.backend), (keys, values)))
+            added = tail.lengths + lengths
+        precisions = packed.key_bits, packed.value_bits
+        more = _quantize(packed.format, keys, values, added, packed.pairs, *precisions, centre, self.dtype, self.backend)
+        self.packed = _joined(head, more)
 
     def select(self, runs: Tensor, pairs: Tensor | None = None) -> PackedTokens:
         """A copy of the runs that the integer vector `runs` names, in its order, repeats allowed, as runs of `pairs` int32.
 
         By default run p of the copy is that of pair p.
         """
-        ragged.check_pairs(runs, self.lengths.shape[0])
-        device = self.lengths.device
-        runs = runs.to(device, torch.int64)
-        pairs = torch.arange(len(runs), dtype=torch.int32, device=device) if pairs is None else pairs
-        keys, values = (
-            {name: ragged.select(part[name], _row_count(rows, self.lengths), runs)[0] for name, rows in shapes.items()}
-            for part, shapes in _sides(self.packed)
-        )
-        packed = dataclasses.replace(self.packed, keys=keys, values=values, lengths=self.lengths[runs], pairs=pairs)
-        return PackedTokens(packed, self.dtype, self.backend)
+        chosen, held = ragged.check_pairs(runs, self.lengths.shape[0]), self.lengths.tolist()
+        runs = runs.to(self.lengths.device, torch.int64)
+        rows = {}
+        for tokens_per_row in _row_totals(self.packed):
+            count = _row_count(tokens_per_row, self.lengths)
+            total = sum(_row_count(tokens_per_row, held[run]) for run in chosen)
+            rows[tokens_per_row] = ragged.rows_from(ragged.starts(count)[runs], count[runs], total)
+        pairs = torch.arange(len(runs), dtype=torch.int32, device=runs.device) if pairs is None else pairs
+        return PackedTokens(_taken(self.packed, rows, self.lengths[runs], pairs), self.dtype, self.backend)
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on `device`."""
@@ -165,7 +163,7 @@ def side_nbytes(quantizer: Quantizer, tokens: NDArray[np.int64], head_dim: int, 
     check_precision(bits)
     total = np.zeros_like(tokens)
     for rows in layout(quantizer, bits, head_dim).values():
-        total = total + _row_count(rows, tokens) * (rows.width * ITEM_BYTES)
+        total = total + _row_count(rows.tokens_per_row, tokens) * (rows.width * ITEM_BYTES)
     return total
 
 
@@ -229,38 +227,56 @@ def _group_tokens(packed: Packed) -> int:
     return max(1, *(rows.tokens_per_row for _, shapes in _sides(packed) for rows in shapes.values()))
 
 
-def _row_count(rows: MetadataRows, tokens: Count) -> Count:
-    """How many rows of this tensor a run of `tokens` tokens has."""
-    if rows.tokens_per_row == 0:
+def _row_count(tokens_per_row: int, tokens: Count) -> Count:
+    """How many such rows a run of `tokens` tokens has."""
+    if tokens_per_row == 0:
         return tokens * 0 + 1
-    return (tokens + rows.tokens_per_row - 1) // rows.tokens_per_row
+    return (tokens + tokens_per_row - 1) // tokens_per_row
 
 
-def _split(packed: Packed, head_lengths: Tensor) -> tuple[Packed, Packed]:
+def _row_totals(packed: Packed) -> dict[int, int]:
+    """For each number of tokens a row how many such rows there are."""
+    return {rows.tokens_per_row: part[name].shape[0] for part, shapes in _sides(packed) for name, rows in shapes.items()}
+
+
+def _taken(packed: Packed, rows: dict[int, Tensor], lengths: Tensor, pairs: Tensor) -> Packed:
+    """Rows rows[tokens_per_row] of every tensor, as runs of lengths [P] and pairs [P]; tensors without such rows stay."""
+    keys, values = (
+        {name: part[name][rows[row.tokens_per_row]] if row.tokens_per_row in rows else part[name] for name, row in shapes.items()}
+        for part, shapes in _sides(packed)
+    )
+    return dataclasses.replace(packed, keys=keys, values=values, lengths=lengths, pairs=pairs)
+
+
+def _split(packed: Packed, head_lengths: Tensor, head_tokens: int) -> tuple[Packed, Packed]:
     """The first head_lengths [P] tokens of each run, whole groups, and the rest; what a run has once, both have."""
-    heads: list[dict[str, Tensor]] = []
-    tails: list[dict[str, Tensor]] = []
-    for part, shapes in _sides(packed):
-        heads.append(dict(part))
-        tails.append(dict(part))
-        for name, rows in shapes.items():
-            if rows.tokens_per_row > 0:
-                count, head_count = _row_count(rows, packed.lengths), _row_count(rows, head_lengths)
-                heads[-1][name], tails[-1][name] = ragged.split(part[name], count, head_count)
-    head = dataclasses.replace(packed, keys=heads[0], values=heads[1], lengths=head_lengths)
-    return head, dataclasses.replace(packed, keys=tails[0], values=tails[1], lengths=packed.lengths - head_lengths)
+    heads, tails = {}, {}
+    for tokens_per_row, total in _row_totals(packed).items():
+        if tokens_per_row > 0:
+            count, head_count = (_row_count(tokens_per_row, lengths) for lengths in (packed.lengths, head_lengths))
+            first, head_total = ragged.starts(count), head_tokens // tokens_per_row
+            heads[tokens_per_row] = ragged.rows_from(first, head_count, head_total)
+            tails[tokens_per_row] = ragged.rows_from(first + head_count, count - head_count, total - head_total)
+    tail_lengths = packed.lengths - head_lengths
+    return _taken(packed, heads, head_lengths, packed.pairs), _taken(packed, tails, tail_lengths, packed.pairs)
 
 
 def _joined(head: Packed, tail: Packed) -> Packed:
     """Every run of `head` followed by that of `tail`; what a run has once is that of `tail`."""
-    joined: list[dict[str, Tensor]] = []
-    for (part, shapes), (more, _) in zip(_sides(head), _sides(tail)):
-        joined.append(dict(more))
-        for name, rows in shapes.items():
-            if rows.tokens_per_row > 0:
-                count, more_count = _row_count(rows, head.lengths), _row_count(rows, tail.lengths)
-                joined[-1][name] = ragged.interleave(part[name], count, more[name], more_count)
-    return dataclasses.replace(head, keys=joined[0], values=joined[1], lengths=head.lengths + tail.lengths)
+    totals, more_totals = _row_totals(head), _row_totals(tail)
+    to = {
+        size: ragged.places(_row_count(size, head.lengths), total, _row_count(size, tail.lengths), more_totals[size])
+        for size, total in totals.items()
+        if size > 0
+    }
+    keys, values = (
+        {
+            name: ragged.place(part[name], more[name], to[rows.tokens_per_row]) if rows.tokens_per_row in to else more[name]
+            for name, rows in shapes.items()
+        }
+        for (part, shapes), (more, _) in zip(_sides(head), _sides(tail))
+    )
+    return dataclasses.replace(head, keys=keys, values=values, lengths=head.lengths + tail.lengths)
 
 
 def _centre(packed: Packed, new_keys: Tensor, new_lengths: Tensor) -> Tensor | None:
@@ -279,4 +295,4 @@ def _check(keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         )
     if not keys.is_floating_point() or not values.is_floating_point():
         raise ValueError(f"keys and values must be floats, got {keys.dtype} and {values.dtype}")
-    ragged.check(keys, lengths)
+    ragged.check_vector(lengths)

@@ -28,12 +28,12 @@ class KiviKeys:
     def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         groups = x[_tokens_of_group(lengths)]  # [G, 32, D]
         minimum, scale = _range(groups.amin(1), groups.amax(1), bits)
-        group = _group_of_token(lengths)
+        group = _group_of_token(lengths, x.shape[0])
         codes = _codes(x, minimum[group], scale[group], bits)
         return codes, {"scale": scale, "minimum": minimum}
 
     def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
-        group = _group_of_token(lengths)
+        group = _group_of_token(lengths, codes.shape[0])
         return _values(codes, metadata["minimum"][group], metadata["scale"][group])
 
 
@@ -94,18 +94,19 @@ def group_counts(lengths: Tensor) -> Tensor:
     return (lengths + GROUP_TOKENS - 1) // GROUP_TOKENS
 
 
-def _group_of_token(lengths: Tensor) -> Tensor:
+def _group_of_token(lengths: Tensor, tokens: int) -> Tensor:
     """Index of every token's group: int64 [N]."""
     first_group = ragged.starts(group_counts(lengths))  # [P]
-    return first_group[ragged.run_of_row(lengths)] + ragged.position_in_run(lengths) // GROUP_TOKENS
+    return first_group[ragged.run_of_row(lengths, tokens)] + ragged.position_in_run(lengths, tokens) // GROUP_TOKENS
 
 
 def _tokens_of_group(lengths: Tensor) -> Tensor:
     """Rows of every group: int64 [G, 32]; a short group repeats its last token, which leaves its range as it is."""
     counts = group_counts(lengths)
-    run = ragged.run_of_row(counts)  # [G]
+    groups = int(counts.sum())
+    run = ragged.run_of_row(counts, groups)  # [G]
     within = torch.arange(GROUP_TOKENS, device=lengths.device)
-    position = ragged.position_in_run(counts)[:, None] * GROUP_TOKENS + within  # [G, 32]
+    position = ragged.position_in_run(counts, groups)[:, None] * GROUP_TOKENS + within  # [G, 32]
     return ragged.starts(lengths)[run, None] + torch.minimum(position, lengths[run, None] - 1)
 
 

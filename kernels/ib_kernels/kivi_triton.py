@@ -16,29 +16,30 @@ import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
 from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
-from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, pieces, source
+from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source
 from torch import Tensor
 
 WARPS = 2
+GROUPS = 8  # that a program packs
 
 
-def pack_keys(keys: Tensor, rows: Tensor, lengths: Tensor, bits: int) -> dict[str, Tensor]:
-    """Parts of keys (see `packed.Packed`). Shapes as for `quantize_pack`."""
-    groups = pieces(lengths, GROUP_TOKENS)
+def pack_keys(keys: Tensor, rows: Tensor, groups: Tensor, bits: int) -> dict[str, Tensor]:
+    """Parts of keys (see `packed.Packed`). Shapes as for `quantize_pack`; `groups` are the pieces of 32 tokens."""
     scale, minimum = (empty(torch.float16, keys, groups.shape[0], keys.shape[3]) for _ in range(2))
     return _pack(pack_keys_kernel, keys, rows, groups, scale, minimum, bits)
 
 
-def pack_values(values: Tensor, rows: Tensor, lengths: Tensor, bits: int) -> dict[str, Tensor]:
+def pack_values(values: Tensor, rows: Tensor, groups: Tensor, bits: int) -> dict[str, Tensor]:
     """Parts of values."""
     scale, minimum = (empty(torch.float16, values, rows.shape[0], -(-values.shape[3] // GROUP_CHANNELS)) for _ in range(2))
-    return _pack(pack_values_kernel, values, rows, pieces(lengths, GROUP_TOKENS), scale, minimum, bits)
+    return _pack(pack_values_kernel, values, rows, groups, scale, minimum, bits)
 
 
 def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int, keys: bool) -> Tensor:
     """Rows fp32 [N, D] of a part of keys or of values."""
-    out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
-    groups = pieces(lengths, GROUP_TOKENS)
+    count = part["words"].shape[0]
+    out = empty(torch.float32, part["words"], count, head_dim)
+    groups = pieces(lengths, GROUP_TOKENS, most_pieces(count, lengths.shape[0], GROUP_TOKENS))
     if groups.shape[0]:
         tensors = (part["words"], part["scale"], part["minimum"], out)
         selected, options = unpack_variant(head_dim, bits, keys)
@@ -48,7 +49,7 @@ def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int, k
 
 def pack_constants(head_dim: int, bits: int) -> dict[str, Any]:
     """Arguments that select one compiled variant of a kernel that packs."""
-    return constants(head_dim, bits) | {"DP": triton.next_power_of_2(head_dim), "GROUPS": 8}
+    return constants(head_dim, bits) | {"DP": triton.next_power_of_2(head_dim), "GROUPS": GROUPS}
 
 
 def unpack_variant(head_dim: int, bits: int, keys: bool) -> tuple[dict[str, Any], dict[str, int]]:

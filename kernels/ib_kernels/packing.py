@@ -29,7 +29,7 @@ def quantize_pack(
     raw_dtype: torch.dtype = torch.float16,
     backend: Backend | None = None,
 ) -> Packed:
-    """Packed tokens of P runs. On a GPU one pass reads the kept tokens (two read the keys of a rotated format).
+    """Packed tokens of P runs. On a GPU one pass reads the kept tokens.
 
     Args:
         fmt: a name in FORMATS.
@@ -39,7 +39,7 @@ def quantize_pack(
         lengths: int32 [P], kept tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair of each run.
         key_bits, value_bits: 2, 3, 4, 8, or 16 for raw storage.
-        centre: fp16 [P, D], subtracted from rotated keys; by default the mean of each run.
+        centre: fp16 [P, D], subtracted from rotated keys; by default the mean of a sample of each run.
         raw_dtype: torch.float16 or torch.bfloat16, what 16 bits means. Larger values saturate.
         backend: by default that of the device (see `backends`). Both give the same bits.
 
@@ -49,11 +49,12 @@ def quantize_pack(
     check_precision(key_bits, raw_dtype)
     check_precision(value_bits)
     _check(fmt, keys, values, rows, lengths, pairs, centre)
+    counts = _read(keys, rows, lengths)
     backend = default_backend(keys.device) if backend is None else backend
     if backend == "reference" or key_bits == value_bits == RAW_BITS:
         parts = quantize_pack_reference(fmt, keys, values, rows, lengths, key_bits, value_bits, centre, raw_dtype)
     else:
-        parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre)
+        parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre, counts)
     return Packed(fmt, key_bits, value_bits, keys.shape[3], *parts, lengths, pairs)
 
 
@@ -86,18 +87,25 @@ def quantize_pack_triton(
     key_bits: int,
     value_bits: int,
     centre: Tensor | None,
+    counts: list[int] | None = None,
 ) -> tuple[Parts, Parts]:
-    """`quantize_pack_reference` by the kernels, for 2, 3, 4 or 8 bits."""
+    """`quantize_pack_reference` by the kernels, for 2, 3, 4 or 8 bits; `counts` are the lengths, if they are known here."""
     from ib_kernels import kivi_triton, rotated_triton
+    from ib_kernels.quantize_triton import piece_count, pieces
 
     check_kernel(keys.shape[3], fmt, key_bits, value_bits)
+    known: list[int] = lengths.tolist() if counts is None else counts
     with torch.cuda.device_of(keys):  # Triton launches on the current GPU
+        size = kivi_triton.GROUP_TOKENS if fmt == "kivi" else rotated_triton.TOKENS
+        tokens = pieces(lengths, size, piece_count(known, size))
         if fmt == "kivi":
-            key_parts = kivi_triton.pack_keys(keys, rows, lengths, key_bits)
-            return key_parts, kivi_triton.pack_values(values, rows, lengths, value_bits)
-        centre = rotated_triton.centre(keys, rows, lengths) if centre is None else centre
-        key_parts = rotated_triton.pack(keys, rows, lengths, key_bits, centre)
-        return key_parts, rotated_triton.pack(values, rows, lengths, value_bits, None)
+            return kivi_triton.pack_keys(keys, rows, tokens, key_bits), kivi_triton.pack_values(values, rows, tokens, value_bits)
+        if centre is None:
+            longest = max([1, *known])
+            runs = pieces(lengths, longest, piece_count(known, longest))
+            centre = rotated_triton.centre(keys, rows, runs, lengths.shape[0])
+        key_parts = rotated_triton.pack(keys, rows, tokens, key_bits, centre)
+        return key_parts, rotated_triton.pack(values, rows, tokens, value_bits, None)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -128,14 +136,25 @@ def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor
         raise ValueError("the channels of a token must be contiguous: call .contiguous() on keys and values")
     if rows.dtype != torch.int64 or rows.ndim != 1 or not rows.is_contiguous():
         raise ValueError(f"rows must be a contiguous int64 vector, got {rows.dtype} {list(rows.shape)}")
-    if lengths.dtype != torch.int32 or pairs.dtype != torch.int32 or lengths.shape != pairs.shape:
+    if lengths.dtype != torch.int32 or pairs.dtype != torch.int32 or lengths.ndim != 1 or lengths.shape != pairs.shape:
         raise ValueError(f"lengths and pairs must be int32 [P], got {lengths.dtype} {list(lengths.shape)}, {pairs.dtype}")
     if centre is not None and (centre.dtype != torch.float16 or centre.shape != (lengths.shape[0], keys.shape[3])):
         raise ValueError(f"centre must be fp16 [P, D], got {centre.dtype} {list(centre.shape)}")
     tensors = [values, rows, lengths, pairs] + ([] if centre is None else [centre])
     if any(tensor.device != keys.device for tensor in tensors):
         raise ValueError("keys, values, rows, lengths, pairs and centre must be on one device")
-    ragged.check(rows, lengths)
+
+
+def _read(keys: Tensor, rows: Tensor, lengths: Tensor) -> list[int]:
+    """The lengths. All that is asked of the numbers on the device is read at once: reading waits for the GPU.
+
+    Raises ValueError if the lengths do not fit the rows, or the rows do not fit the keys.
+    """
+    lowest_and_highest = torch.stack(rows.aminmax()) if rows.numel() else rows
+    numbers: list[int] = torch.cat([lowest_and_highest, lengths]).tolist()
+    counts = numbers[lowest_and_highest.shape[0] :]
+    ragged.check_counts(rows, counts)
     tokens = keys.shape[:3].numel()
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
-        raise ValueError(f"rows must lie in [0, {tokens}), the tokens of keys, got {int(rows.min())} to {int(rows.max())}")
+    if rows.numel() and not 0 <= numbers[0] <= numbers[1] < tokens:
+        raise ValueError(f"rows must lie in [0, {tokens}), the tokens of keys, got {numbers[0]} to {numbers[1]}")
+    return counts

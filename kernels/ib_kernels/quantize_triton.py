@@ -5,23 +5,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from ib_kernels import ragged
 from torch import Tensor
 
 FP16_MAX = tl.constexpr(65504.0)
 
 
-def pieces(lengths: Tensor, size: int) -> Tensor:
-    """Pieces of `size` tokens, the last of a run shorter: int32 [G, 3], first row, tokens and run."""
-    counts = (lengths + size - 1) // size
-    run = ragged.run_of_row(counts)  # [G]
-    begin = ragged.position_in_run(counts) * size
-    return torch.stack([ragged.starts(lengths)[run] + begin, (lengths[run] - begin).clamp(max=size), run], 1).to(torch.int32)
+def piece_count(lengths: Iterable[int], size: int) -> int:
+    """Pieces of `size` tokens in runs of these lengths, the last of a run shorter."""
+    return sum(-(-length // size) for length in lengths)
+
+
+def pieces(lengths: Tensor, size: int, count: int) -> Tensor:
+    """First row, tokens and run of every piece: int32 [count, 3]. If there are fewer than `count`, the last are 0."""
+    table = torch.zeros(count, 3, dtype=torch.int32, device=lengths.device)
+    if count:
+        pieces_kernel[(lengths.shape[0],)](lengths.contiguous(), table, size, num_warps=4)
+    return table
+
+
+def most_pieces(tokens: int, runs: int, size: int) -> int:
+    """No runs of `tokens` tokens together have more pieces."""
+    return min(tokens, tokens // size + runs)
 
 
 def source(x: Tensor) -> tuple[int, ...]:
@@ -41,6 +51,26 @@ def empty(dtype: torch.dtype, like: Tensor, *shape: int) -> Tensor:
 def constants(head_dim: int, bits: int) -> dict[str, Any]:
     """Arguments that select one compiled variant of a kernel that quantizes or unpacks."""
     return {"D": head_dim, "BITS": bits, "FUSED": fused()}
+
+
+@triton.jit(do_not_specialize=["size"])
+def pieces_kernel(lengths, pieces, size):
+    """Write the pieces of a run. Each program adds up the lengths of the runs before its own: that takes one launch."""
+    run = tl.program_id(0)
+    row, piece = 0, 0
+    for begin in range(0, run, 512):
+        at = begin + tl.arange(0, 512)
+        length = tl.load(lengths + at, mask=at < run, other=0)
+        row += tl.sum(length)
+        piece += tl.sum(tl.cdiv(length, size))
+    tokens = tl.load(lengths + run)
+    count = tl.cdiv(tokens, size)
+    for begin in range(0, count, 128):
+        at = begin + tl.arange(0, 128)
+        to = pieces + (piece + at).to(tl.int64) * 3
+        tl.store(to, row + at * size, mask=at < count)
+        tl.store(to + 1, tl.minimum(tokens - at * size, size), mask=at < count)
+        tl.store(to + 2, tl.zeros([128], tl.int32) + run, mask=at < count)
 
 
 @triton.jit

@@ -1,4 +1,8 @@
-"""Ragged batches: rows [N, ...] that are P consecutive runs, run p of lengths[p] rows, with N = sum(lengths)."""
+"""Ragged batches: rows [N, ...] that are P consecutive runs, run p of lengths[p] rows, with N = sum(lengths).
+
+Reading a number that a GPU holds waits for all that the GPU has to do. The functions that take an unchecked `total`, the
+sum of lengths that is known already, read none; the others read `lengths` once.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,19 @@ def starts(lengths: Tensor) -> Tensor:
     return lengths.cumsum(0, dtype=torch.int64) - lengths
 
 
-def run_of_row(lengths: Tensor) -> Tensor:
-    """The run that every row belongs to: int64 [N]."""
-    return torch.repeat_interleave(lengths)
+def run_of_row(lengths: Tensor, total: int) -> Tensor:
+    """The run that every row belongs to: int64 [total]."""
+    return torch.repeat_interleave(lengths, output_size=total)
 
 
-def position_in_run(lengths: Tensor) -> Tensor:
-    """The position of every row within its run, from 0: int64 [N]."""
-    run = run_of_row(lengths)
-    return torch.arange(run.shape[0], device=lengths.device) - starts(lengths)[run]
+def position_in_run(lengths: Tensor, total: int) -> Tensor:
+    """The position of every row within its run, from 0: int64 [total]."""
+    return rows_from(torch.zeros_like(lengths), lengths, total)
+
+
+def rows_from(first: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Rows first[p] to first[p] + lengths[p] - 1, run after run: int64 [total]."""
+    return (first - starts(lengths))[run_of_row(lengths, total)] + torch.arange(total, device=lengths.device)
 
 
 def pad(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,12 +35,12 @@ def pad(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if `lengths` does not fit `flat`.
     """
-    check(flat, lengths)
-    longest = int(lengths.max()) if lengths.numel() else 0
+    longest = max(check(flat, lengths), default=0)
+    runs = lengths.shape[0]
     mask = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [P, T_max]
-    padded = flat.new_zeros(lengths.shape[0], longest, *flat.shape[1:])
-    padded[mask] = flat
-    return padded, mask
+    padded = flat.new_zeros(runs * longest, *flat.shape[1:])
+    padded[rows_from(torch.arange(runs, device=lengths.device) * longest, lengths, flat.shape[0])] = flat
+    return padded.view(runs, longest, *flat.shape[1:]), mask
 
 
 def interleave(a: Tensor, a_lengths: Tensor, b: Tensor, b_lengths: Tensor) -> Tensor:
@@ -44,10 +52,19 @@ def interleave(a: Tensor, a_lengths: Tensor, b: Tensor, b_lengths: Tensor) -> Te
     check(b, b_lengths)
     if a_lengths.shape != b_lengths.shape:
         raise ValueError(f"cannot interleave {a_lengths.shape[0]} runs with {b_lengths.shape[0]}: pass as many of each")
-    first = starts(a_lengths + b_lengths)  # [P]
+    return place(a, b, places(a_lengths, a.shape[0], b_lengths, b.shape[0]))
+
+
+def places(a_lengths: Tensor, a_total: int, b_lengths: Tensor, b_total: int) -> tuple[Tensor, Tensor]:
+    """Where the rows of a and those of b are when they are interleaved: int64 [a_total], [b_total]."""
+    first = starts(a_lengths + b_lengths)
+    return rows_from(first, a_lengths, a_total), rows_from(first + a_lengths, b_lengths, b_total)
+
+
+def place(a: Tensor, b: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Rows of a and of b, each in its place."""
     rows = a.new_empty(a.shape[0] + b.shape[0], *a.shape[1:])
-    rows[first[run_of_row(a_lengths)] + position_in_run(a_lengths)] = a
-    rows[(first + a_lengths)[run_of_row(b_lengths)] + position_in_run(b_lengths)] = b
+    rows[places[0]], rows[places[1]] = a, b
     return rows
 
 
@@ -56,11 +73,13 @@ def split(flat: Tensor, lengths: Tensor, head_lengths: Tensor) -> tuple[Tensor, 
 
     Raises ValueError if the lengths do not fit the rows.
     """
-    check(flat, lengths)
-    if head_lengths.shape != lengths.shape or bool(((head_lengths < 0) | (head_lengths > lengths)).any()):
+    counts = check(flat, lengths)
+    heads = head_lengths.tolist()
+    if head_lengths.shape != lengths.shape or any(not 0 <= head <= count for head, count in zip(heads, counts)):
         raise ValueError("head_lengths must hold one number of rows for each run, from 0 to the length of the run")
-    in_head = position_in_run(lengths) < head_lengths[run_of_row(lengths)]  # [N]
-    return flat[in_head], flat[~in_head]
+    first, total = starts(lengths), sum(heads)
+    tails = rows_from(first + head_lengths, lengths - head_lengths, flat.shape[0] - total)
+    return flat[rows_from(first, head_lengths, total)], flat[tails]
 
 
 def select(flat: Tensor, lengths: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,27 +87,40 @@ def select(flat: Tensor, lengths: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor
 
     Raises ValueError if `lengths` does not fit `flat`, or if `pairs` is not a vector of run indices.
     """
-    check(flat, lengths)
-    check_pairs(pairs, lengths.shape[0])
-    selected_lengths = lengths[pairs]
-    run = pairs[run_of_row(selected_lengths)]  # [N_selected]
-    return flat[starts(lengths)[run] + position_in_run(selected_lengths)], selected_lengths
+    counts = check(flat, lengths)
+    chosen = check_pairs(pairs, lengths.shape[0])
+    rows = rows_from(starts(lengths)[pairs], lengths[pairs], sum(counts[pair] for pair in chosen))
+    return flat[rows], lengths[pairs]
 
 
-def check(flat: Tensor, lengths: Tensor) -> None:
-    """Raise ValueError unless `lengths` is an integer vector of counts that sums to the number of rows."""
+def check(flat: Tensor, lengths: Tensor) -> list[int]:
+    """The lengths. Raises ValueError unless they are an integer vector of counts that sums to the number of rows."""
+    check_vector(lengths)
+    counts: list[int] = lengths.tolist()
+    check_counts(flat, counts)
+    return counts
+
+
+def check_vector(lengths: Tensor) -> None:
+    """Raise ValueError unless `lengths` is an integer vector."""
     if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be an integer vector [P], got {lengths.dtype} {list(lengths.shape)}")
-    if lengths.numel() and int(lengths.min()) < 0:
+
+
+def check_counts(flat: Tensor, counts: list[int]) -> None:
+    """Raise ValueError unless these are counts that sum to the number of rows."""
+    if min(counts, default=0) < 0:
         raise ValueError("lengths must not be negative: pass the number of rows of every run")
-    total = int(lengths.sum())
+    total = sum(counts)
     if total != flat.shape[0]:
         raise ValueError(f"lengths sum to {total}, but there are {flat.shape[0]} rows: pass all rows of all runs")
 
 
-def check_pairs(pairs: Tensor, runs: int) -> None:
-    """Raise ValueError unless `pairs` is an integer vector of indices in [0, runs)."""
+def check_pairs(pairs: Tensor, runs: int) -> list[int]:
+    """The pairs. Raises ValueError unless they are an integer vector of indices in [0, runs)."""
     if pairs.ndim != 1 or pairs.is_floating_point() or pairs.dtype == torch.bool:
         raise ValueError(f"pairs must be an integer vector of run indices, got {pairs.dtype} {list(pairs.shape)}")
-    if pairs.numel() and (int(pairs.min()) < 0 or int(pairs.max()) >= runs):
+    chosen: list[int] = pairs.tolist()
+    if chosen and not 0 <= min(chosen) <= max(chosen) < runs:
         raise ValueError(f"pairs must lie in [0, {runs}), the number of runs")
+    return chosen

@@ -3,6 +3,7 @@ token and the uniform quantizer that is optimal for a Gaussian serve all of them
 
 The rotation is that of QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), the optimal step that of Max (1960).
 Keys are centred first: a constant added to all keys of a head drops out of the softmax, and their mean is often large.
+Any centre is right, so that of a long run is the mean of a sample: up to CENTRE_TOKENS tokens, evenly spaced.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 # Step, in standard deviations, of the mid-rise uniform quantizer with 2**bits levels that has the least mean squared
 # error on a Gaussian: .11885, .03744, .01154 and 8.769e-5 of the variance.
 GAUSSIAN_STEP = {2: 0.995687, 3: 0.586019, 4: 0.335201, 8: 0.0307624}
+
+CENTRE_TOKENS = 4096  # at most, of a run
 
 
 class RotatedValues:
@@ -37,25 +40,32 @@ class RotatedValues:
 
 
 class RotatedKeys:
-    """Scale [N, 1]: one a token; centre [P, D]: the mean of the first tokens that the run received."""
+    """Scale [N, 1]: one a token; centre [P, D]: the mean of the first tokens that the run received, or of a sample of them.
+
+    The sample of n tokens is every s-th, from the first, with s = ceil(n / CENTRE_TOKENS).
+    """
 
     def metadata(self, head_dim: int) -> dict[str, MetadataRows]:
         return {"scale": MetadataRows(1), "centre": MetadataRows(head_dim, tokens_per_row=0)}
 
     def fit(self, x: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        padded, _ = ragged.pad(x.clamp(-FP16_MAX, FP16_MAX), lengths)  # [P, T_max, D]
+        spacing = ((lengths + CENTRE_TOKENS - 1) // CENTRE_TOKENS).clamp(min=1)  # [P]
+        counts = (lengths + spacing - 1) // spacing
+        total = int(counts.sum())
+        run = ragged.run_of_row(counts, total)
+        sample = ragged.starts(lengths)[run] + ragged.position_in_run(counts, total) * spacing[run]
+        padded, _ = ragged.pad(x[sample].clamp(-FP16_MAX, FP16_MAX), counts)  # [P, at most CENTRE_TOKENS, D]
         # The sum is in float64, so that its order, which depends on the batch, does not show in the fp16 centre.
-        total = padded.sum(1, dtype=torch.float64)
-        return {"centre": (total / lengths.clamp(min=1)[:, None]).to(torch.float16)}
+        return {"centre": (padded.sum(1, dtype=torch.float64) / counts.clamp(min=1)[:, None]).to(torch.float16)}
 
     def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths)]
+        centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths, x.shape[0])]
         codes, scale = _quantize_rotated(rotate(centred), bits)
         return codes, {"scale": scale, "centre": fitted["centre"]}
 
     def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
         centred = rotate(_dequantize_rotated(codes, metadata["scale"], bits))
-        return centred + metadata["centre"].float()[ragged.run_of_row(lengths)]
+        return centred + metadata["centre"].float()[ragged.run_of_row(lengths, codes.shape[0])]
 
 
 ROTATED = Format("rotated", RotatedKeys(), RotatedValues())

@@ -16,21 +16,24 @@ import torch
 import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
-from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, pieces, source
-from ib_kernels.rotated import GAUSSIAN_STEP
+from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, most_pieces, pieces, source
+from ib_kernels.rotated import CENTRE_TOKENS, GAUSSIAN_STEP
 from torch import Tensor
 
 TOKENS = 32  # that a program packs
-CENTRE_TOKENS = 512  # tokens that a program sums
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
-    """Parts (see `packed.Packed`) of keys around the centres fp16 [P, D], or of values if there are none."""
+def pack(x: Tensor, rows: Tensor, tokens: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
+    """Parts (see `packed.Packed`) of keys around the centres fp16 [P, D], or of values if there are none.
+
+    Args:
+        x, rows: as for `quantize_pack`.
+        tokens: the pieces of TOKENS tokens.
+    """
     head_dim = x.shape[3]
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
-    tokens = pieces(lengths, TOKENS)
     if tokens.shape[0]:
         tensors = (words, scale, scale if centre is None else centre)
         selected, launch = pack_constants(head_dim, bits, centre is not None), options(head_dim, x.dtype)
@@ -40,9 +43,10 @@ def pack(x: Tensor, rows: Tensor, lengths: Tensor, bits: int, centre: Tensor | N
 
 def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -> Tensor:
     """Rows fp32 [N, D] of a part of keys or of values."""
-    out = empty(torch.float32, part["words"], part["words"].shape[0], head_dim)
+    count = part["words"].shape[0]
+    out = empty(torch.float32, part["words"], count, head_dim)
     centred = "centre" in part
-    tokens = pieces(lengths, TOKENS)
+    tokens = pieces(lengths, TOKENS, most_pieces(count, lengths.shape[0], TOKENS))
     if tokens.shape[0]:
         tensors = (part["words"], part["scale"], part["centre"] if centred else part["scale"], out)
         selected, launch = pack_constants(head_dim, bits, centred), options(head_dim, torch.float16)
@@ -50,16 +54,20 @@ def unpack(part: dict[str, Tensor], lengths: Tensor, head_dim: int, bits: int) -
     return out
 
 
-def centre(keys: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of the kept keys of every run: fp16 [P, D], 0 for an empty run."""
+def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
+    """Mean of a sample of the kept keys of every run (see `rotated`): fp16 [P, D], 0 for an empty run.
+
+    Args:
+        keys, rows: as for `quantize_pack`.
+        runs: the runs that are not empty, each as one piece.
+        count: P.
+    """
     head_dim = keys.shape[3]
-    parts = pieces(lengths, CENTRE_TOKENS)
-    sums = empty(torch.float64, keys, parts.shape[0], head_dim)
-    if parts.shape[0]:
-        sum_kernel[(parts.shape[0],)](keys, rows, parts, sums, *source(keys), **sum_constants(head_dim), **SUM_OPTIONS)
-    totals = torch.zeros(lengths.shape[0], head_dim, dtype=torch.float64, device=keys.device)
-    totals.index_add_(0, parts[:, 2].long(), sums)
-    return (totals / lengths.clamp(min=1)[:, None]).float().to(torch.float16)
+    means = torch.zeros(count, head_dim, dtype=torch.float16, device=keys.device)
+    if runs.shape[0]:
+        selected = sum_constants(head_dim)
+        sum_kernel[(runs.shape[0], head_dim // selected["C"])](keys, rows, runs, means, *source(keys), **selected, **SUM_OPTIONS)
+    return means
 
 
 def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
@@ -83,8 +91,8 @@ def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def sum_constants(head_dim: int) -> dict[str, int]:
-    """The same for `sum_kernel`."""
-    return {"D": head_dim, "DP": triton.next_power_of_2(head_dim)}
+    """The same for `sum_kernel`, a program of which takes 16 channels of a run, N tokens at a time."""
+    return {"D": head_dim, "C": 16, "N": 256, "MOST": CENTRE_TOKENS}
 
 
 @triton.jit
@@ -182,7 +190,7 @@ def unpack_kernel(
     first = tl.load(pieces + piece * 3).to(tl.int64)
     tokens = tl.load(pieces + piece * 3 + 1)
     run = tl.load(pieces + piece * 3 + 2).to(tl.int64)
-    row = first + tl.minimum(tl.arange(0, N), tokens - 1)
+    row = first + tl.minimum(tl.arange(0, N), tl.maximum(tokens - 1, 0))  # a piece may have no tokens
     c = tl.arange(0, C)[None, :]
     words += row[:, None] * (D * BITS // 16) + c
     step = tl.load(scale + row).to(tl.float32)[:, None]
@@ -252,16 +260,35 @@ def gaussian_step(squares, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(x, rows, pieces, sums, heads, length, batch_stride, head_stride, token_stride, D: tl.constexpr, DP: tl.constexpr):
-    """Sum of the rows of each piece, fp64 so that the order does not show in the fp16 mean."""
+def sum_kernel(
+    x,
+    rows,
+    pieces,
+    centre,
+    heads,
+    length,
+    batch_stride,
+    head_stride,
+    token_stride,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """Mean of at most MOST tokens of a run, in fp64 so that the order does not show in fp16."""
     piece = tl.program_id(0)
     first = tl.load(pieces + piece * 3).to(tl.int64)
     tokens = tl.load(pieces + piece * 3 + 1)
-    d = tl.arange(0, DP)
-    total = tl.zeros([DP], tl.float64)
-    for t in range(0, tokens, 32):
-        at = t + tl.arange(0, 32)
-        token = addresses(x, rows + first, tl.minimum(at, tokens - 1), heads, length, batch_stride, head_stride, token_stride)
-        inside = (at < tokens)[:, None] & (d < D)[None, :]
-        total += tl.sum(in_range(tl.load(token[:, None] + d[None, :], mask=inside, other=0.0)).to(tl.float64), 0)
-    tl.store(sums + piece.to(tl.int64) * D + d, total, mask=d < D)
+    run = tl.load(pieces + piece * 3 + 2).to(tl.int64)
+    spacing = tl.cdiv(tokens, MOST)
+    count = tl.cdiv(tokens, spacing)
+    d = tl.program_id(1) * C + tl.arange(0, C)
+    total = tl.zeros([N, C], tl.float64)
+    for t in range(0, count, N):
+        at = t + tl.arange(0, N)
+        place = tl.minimum(at, count - 1) * spacing
+        token = addresses(x, rows + first, place, heads, length, batch_stride, head_stride, token_stride)
+        tile = tl.load(token[:, None] + d[None, :], mask=(at < count)[:, None], other=0.0)
+        total += in_range(tile).to(tl.float64)
+    mean = tl.sum(total, 0) / count.to(tl.float64)
+    tl.store(centre + run * D + d, mean.to(tl.float32).to(tl.float16))

@@ -85,6 +85,15 @@ def test_centre_is_the_mean_of_each_run():
     torch.testing.assert_close(centre.float(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_centre_of_a_long_run_is_the_mean_of_evenly_spaced_tokens():
+    lengths = [4096, 4097, 0, 8193]
+    x = torch.randn(sum(lengths), 4)
+    centre = ROTATED.keys.fit(x, torch.tensor(lengths))["centre"]
+    runs = x.double().split(lengths)
+    expected = torch.stack([runs[0].mean(0), runs[1][::2].mean(0), torch.zeros(4), runs[3][::3].mean(0)])
+    assert torch.equal(centre, expected.to(torch.float16))
+
+
 @pytest.mark.parametrize("quantizer", [ROTATED.keys, ROTATED.values])
 def test_zeros_are_exact(quantizer):
     x = torch.zeros(5, 40)

@@ -5,9 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from ib_kernels import quantize_pack, unpack_tokens
+from ib_kernels import quantize_pack, rotated, rotated_triton, unpack_tokens
 from ib_kernels.packed import Packed, unpack_tokens_triton
 from ib_kernels.packing import quantize_pack_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ib_analysis.formats.packed import PackedTokens
 
@@ -125,6 +126,16 @@ def test_a_given_centre_is_kept(packed_by_kernels):
     assert_same(kernels, quantize_pack("rotated", keys, values, rows, lengths, pairs, 4, 4, centre))
 
 
+@pytest.mark.parametrize("most", [16, 33, 300])
+def test_centre_of_a_sample(packed_by_kernels, monkeypatch, most):
+    monkeypatch.setattr(rotated, "CENTRE_TOKENS", most)
+    monkeypatch.setattr(rotated_triton, "CENTRE_TOKENS", most)
+    lengths = [129, 0, 33, 128]
+    keys, values, rows, pairs = random_cache(16, torch.bfloat16, lengths)
+    arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, 4, 4)
+    assert_same(packed_by_kernels(*arguments), quantize_pack(*arguments))
+
+
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
 def test_nothing_to_pack(packed_by_kernels, unpacked_by_kernels, fmt):
     keys, values, _, pairs = random_cache(32, torch.bfloat16)
@@ -132,3 +143,42 @@ def test_nothing_to_pack(packed_by_kernels, unpacked_by_kernels, fmt):
     kernels = packed_by_kernels(fmt, keys, values, rows, lengths, pairs, 2, 3)
     assert_same(kernels, quantize_pack(fmt, keys, values, rows, lengths, pairs, 2, 3))
     assert all(part.shape == (0, 32) for part in unpacked_by_kernels(kernels))
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers that are read, and results whose size depends on numbers."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, tolist = 0, torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: self.read() or tolist(tensor))
+
+    def read(self):
+        self.count += 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, str(function)
+        unsized = "repeat_interleave" in name and kwargs.get("output_size") is None
+        masked = name.startswith(("aten.index.", "aten.index_put")) and any(
+            x.dtype == torch.bool for x in args[1] if x is not None
+        )
+        if unsized or masked or "_local_scalar_dense" in name or "nonzero" in name:
+            self.read()
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+def test_packing_waits_for_the_device_once_and_appending_twice(device, monkeypatch, fmt):
+    keys, values, rows, pairs = (x.to(device) for x in random_cache(32, torch.bfloat16))
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    with Reads(monkeypatch) as reads:
+        packed = quantize_pack(fmt, keys, values, rows, lengths, pairs, 4, 4, backend="triton")
+    assert reads.count == 1
+    tokens = PackedTokens(packed, backend="triton")
+    more = torch.randn(40, 32, device=device)
+    with Reads(monkeypatch) as reads:
+        tokens.unpack()
+    assert reads.count == 0
+    with Reads(monkeypatch) as reads:
+        tokens.append(more, more, torch.tensor([20, 0, 15, 5], dtype=torch.int32, device=device))
+    assert reads.count == 2
