@@ -20,7 +20,8 @@ from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, e
 from ib_kernels.rotated import CENTRE_TOKENS, GAUSSIAN_STEP
 from torch import Tensor
 
-TOKENS = 32  # that a program packs
+TOKENS = 32  # that a program packs or unpacks, a power of two
+WARPS = 1  # of such a program, twice as many for more than 128 channels
 SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -86,7 +87,7 @@ def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
 
 def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
-    warps = 1 if head_dim <= 128 else 2  # two threads share a token that is too large for the registers of one
+    warps = WARPS if head_dim <= 128 else 2 * WARPS  # two threads share a token that is too large for the registers of one
     return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None}
 
 

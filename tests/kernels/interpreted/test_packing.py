@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from ib_kernels import quantize_pack, rotated, rotated_triton, unpack_tokens
+from ib_kernels import kivi_triton, quantize_pack, rotated, rotated_triton, unpack_tokens
 from ib_kernels.packed import Packed, unpack_tokens_triton
 from ib_kernels.packing import quantize_pack_triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,6 +134,19 @@ def test_centre_of_a_sample(packed_by_kernels, monkeypatch, most):
     keys, values, rows, pairs = random_cache(16, torch.bfloat16, lengths)
     arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, 4, 4)
     assert_same(packed_by_kernels(*arguments), quantize_pack(*arguments))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+def test_sizes_of_programs_do_not_show(packed_by_kernels, unpacked_by_kernels, monkeypatch, fmt, size):
+    monkeypatch.setattr(rotated_triton, "TOKENS", size)
+    monkeypatch.setattr(kivi_triton, "GROUPS", size // 16)
+    keys, values, rows, pairs = random_cache(32, torch.bfloat16)
+    arguments = (fmt, keys, values, rows, torch.tensor(LENGTHS, dtype=torch.int32), pairs, 4, 4)
+    kernels = packed_by_kernels(*arguments)
+    assert_same(kernels, quantize_pack(*arguments))
+    for unpacked, expected in zip(unpacked_by_kernels(kernels), unpack_tokens(kernels)):
+        assert torch.equal(unpacked, expected)
 
 
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
