@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ib_kernels.fields_triton import codes, constants, read_high, read_words
+from ib_kernels.fields_triton import codes, columns, constants, read_high, read_words
 from ib_kernels.logits_triton import exponent, kivi_logits, read_query, rotated_logits
 from ib_kernels.packed import Packed
 from torch import Tensor
@@ -187,18 +187,22 @@ def attend_kernel(
     total = tl.zeros([16, M], tl.float32)
     offsets = (tl.zeros([16, M], tl.float32),) * GROUPS
     acc = (tl.zeros([VC, M], tl.float32),) * (VH * VF)
+    rows = tl.minimum(tl.arange(0, N), tokens - 1)  # rows beyond the end repeat the last token, with weight 0
+    next_key, next_value = read_ahead(k_scale, v_minimum, rows, N, GROUPS, KIVI)
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
-        rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
+        rows = tl.minimum(position, tokens - 1)
+        key_scale, of_values = next_key, next_value
+        next_key, next_value = read_ahead(k_scale, v_minimum, tl.minimum(position + N, tokens - 1), N, GROUPS, KIVI)
         if KIVI:
             s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
-            s = rotated_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
+            s = rotated_logits(s, k_words, key_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
         if SOFTCAP:
             s = tanh(s / softcap) * (softcap * 1.4426950408889634)
         s = tl.where((position < tokens)[:, None], s, -float("inf"))  # [N, M], logits to base 2
-        scales, minima, largest = read_scales(v_scale, v_minimum, rows, N, GROUPS, KIVI, VB)
+        scales, minima, largest = read_scales(v_scale, of_values, rows, N, GROUPS, KIVI, VB)
         # Weights are relative to the largest product of weight and scale, which fp16 then holds without overflow; up to a
         # power of two, so that a token that has all the weight loses nothing to rounding.
         new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)
@@ -222,18 +226,44 @@ def attend_kernel(
 
 
 @triton.jit
-def read_scales(scale, minimum, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
+def read_ahead(k_scale, v_minimum, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr):
+    """What the compiler does not copy ahead of its use, which so is read one pass of the loop earlier: rotated the scales of
+    keys and values, fp16 [N]; kivi the minima of values, fp16 [N, groups], twice."""
+    of_values = read_groups(v_minimum, rows, N, GROUPS) if KIVI else tl.load(v_minimum + rows)
+    return of_values if KIVI else tl.load(k_scale + rows), of_values
+
+
+@triton.jit
+def read_scales(scale, ahead, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
     """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale."""
-    scales = ()
-    minima = ()
-    largest = tl.full([N], SMALLEST, tl.float32)
-    for g in tl.static_range(GROUPS):
-        v_scale = tl.load(scale + rows * GROUPS + g).to(tl.float32)
-        scales = scales + (v_scale,)
-        if KIVI:
-            minima = minima + (tl.load(minimum + rows * GROUPS + g).to(tl.float32) + v_scale * 2.0 ** (BITS - 1),)
-        largest = tl.maximum(largest, v_scale)
-    return scales, minima, largest
+    if not KIVI:
+        only = ahead.to(tl.float32)
+        return (only,), (only,), tl.maximum(only, SMALLEST)
+    else:
+        scales = ()
+        minima = ()
+        largest = tl.full([N], SMALLEST, tl.float32)
+        some = columns(read_groups(scale, rows, N, GROUPS), N, padded(GROUPS))
+        bases = columns(ahead, N, padded(GROUPS))
+        for g in tl.static_range(GROUPS):
+            v_scale = some[g].to(tl.float32)
+            scales = scales + (v_scale,)
+            minima = minima + (bases[g].to(tl.float32) + v_scale * 2.0 ** (BITS - 1),)
+            largest = tl.maximum(largest, v_scale)
+        return scales, minima, largest
+
+
+@triton.jit
+def read_groups(numbers, rows, N: tl.constexpr, GROUPS: tl.constexpr):
+    """A number of every group of channels, for each token: [N, GROUPS] and some columns more."""
+    g = tl.arange(0, padded(GROUPS))[None, :]
+    at = numbers + rows[:, None] * GROUPS + g
+    return tl.load(at) if padded(GROUPS) == GROUPS else tl.load(at, mask=g < GROUPS, other=0.0)
+
+
+@triton.constexpr_function
+def padded(groups):
+    return triton.next_power_of_2(groups)
 
 
 @triton.jit

@@ -35,6 +35,25 @@ def constants(prefix: str, head_dim: int, bits: int) -> dict[str, Any]:
 
 
 @triton.jit
+def columns(x, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """The columns of x [ROWS, COUNT] as a tuple, for COUNT a power of two up to 16."""
+    parts = (x,)  # part j has every column whose number ends in the bits of j
+    for level in tl.static_range(4):
+        if 1 << level < COUNT:
+            lower = ()
+            upper = ()
+            for j in tl.static_range(1 << level):
+                left, right = tl.split(tl.reshape(parts[j], [ROWS, COUNT >> (level + 1), 2]))
+                lower = lower + (left,)
+                upper = upper + (right,)
+            parts = lower + upper
+    flat = ()
+    for j in tl.static_range(COUNT):
+        flat = flat + (tl.reshape(parts[j], [ROWS]),)
+    return flat
+
+
+@triton.jit
 def read_words(
     words,
     rows,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ib_kernels.fields_triton import codes, read_high, read_words
+from ib_kernels.fields_triton import codes, columns, read_high, read_words
 
 
 @triton.jit
@@ -96,10 +96,11 @@ def kivi_logits(
         x = h * C + tl.arange(0, C)
         w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
         w_high = read_high(words, rows, x, D, T, C, BITS, False)
+        scales = read_channels(scale + group * D, x, T, C, F)
+        minima_of = read_channels(minimum + group * D, x, T, C, F)
         for i in tl.static_range(F):
-            channel = group * D + i * T + (x if T % C == 0 else tl.minimum(x, T - 1))
-            k_scale = tl.load(scale + channel)
-            k_minimum = tl.load(minimum + channel)
+            k_scale = scales[i]
+            k_minimum = minima_of[i]
             q = high[h * F + i]
             q_low = low[h * F + i]
             scaled, rest = scale_query(q, tl.broadcast_to(k_scale[:, None], [C, M]), ASM)
@@ -119,6 +120,13 @@ def kivi_logits(
     if BITS == 2:
         s += tl.sum(bias, 0)[None, :]
     return s * scaling
+
+
+@triton.jit
+def read_channels(numbers, x, T: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+    """A number of every channel, for each pass [C]. They are read at once: copies of less than four bytes cannot overlap."""
+    at = numbers + tl.arange(0, F)[None, :] * T + x[:, None]
+    return columns(tl.load(at) if T % C == 0 else tl.load(at, mask=(x < T)[:, None], other=0.0), C, F)
 
 
 @triton.jit
@@ -147,7 +155,7 @@ def scale_query(q, scale, ASM: tl.constexpr):
 def rotated_logits(
     s,
     words,
-    scale,
+    k_scale,
     rows,
     high,
     low,
@@ -162,7 +170,6 @@ def rotated_logits(
     ASM: tl.constexpr,
 ):
     """K q^T [N, M]: the scale of a token times (codes times query + s), plus the shift that the centre makes."""
-    k_scale = tl.load(scale + rows)
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
         w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
