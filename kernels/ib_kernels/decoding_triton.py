@@ -109,7 +109,7 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
-    few = bits in ([(4, 4)] if capability >= 100 else [(4, 4), (4, 2), (2, 2)]) and plain and not selected["SPLIT"]
+    few = plain and capability < 100 and selected["KB"] in (2, 4) and selected["VB"] != 3 and not selected["SPLIT"]
     return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
 
 
@@ -184,16 +184,13 @@ def attend_kernel(
     scale = scaling if SOFTCAP else scaling * 1.4426950408889634
     unit *= scale
     maximum = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([16, M], tl.float32)
-    offsets = (tl.zeros([16, M], tl.float32),) * GROUPS
+    total = tl.zeros([8, M], tl.float32)
+    offsets = (tl.zeros([8, M], tl.float32),) * GROUPS
     acc = (tl.zeros([VC, M], tl.float32),) * (VH * VF)
-    rows = tl.minimum(tl.arange(0, N), tokens - 1)  # rows beyond the end repeat the last token, with weight 0
-    next_key, next_value = read_ahead(k_scale, v_minimum, rows, N, GROUPS, KIVI)
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
-        rows = tl.minimum(position, tokens - 1)
-        key_scale, of_values = next_key, next_value
-        next_key, next_value = read_ahead(k_scale, v_minimum, tl.minimum(position + N, tokens - 1), N, GROUPS, KIVI)
+        rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
+        key_scale, of_values = read_ahead(k_scale, v_minimum, rows, N, GROUPS, KIVI)
         if KIVI:
             s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
         else:
@@ -227,8 +224,8 @@ def attend_kernel(
 
 @triton.jit
 def read_ahead(k_scale, v_minimum, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr):
-    """What the compiler does not copy ahead of its use, which so is read one pass of the loop earlier: rotated the scales of
-    keys and values, fp16 [N]; kivi the minima of values, fp16 [N, groups], twice."""
+    """What the compiler does not copy ahead of its use, to be read early in a pass of the loop: rotated the scales of keys and
+    values, fp16 [N]; kivi the minima of values, fp16 [N, groups], twice."""
     of_values = read_groups(v_minimum, rows, N, GROUPS) if KIVI else tl.load(v_minimum + rows)
     return of_values if KIVI else tl.load(k_scale + rows), of_values
 
@@ -347,8 +344,8 @@ def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KI
 
 @triton.jit
 def fold(x, N: tl.constexpr, M: tl.constexpr):
-    """Sum of every 16th row of x [N, M]: [16, M]. They are in the same thread, so it costs no exchange."""
-    return tl.sum(tl.reshape(x, [N // 16, 16, M]), 0)
+    """Sum of every 8th row of x [N, M]: [8, M]. They are in the same thread, so it costs no exchange."""
+    return tl.sum(tl.reshape(x, [N // 8, 8, M]), 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from ib_kernels.planning import Plan
 from ib_kernels.rotation_triton import constants, rotate
 from torch import Tensor
 
-SLOTS = 64  # that a program merges at a time
+SLOTS = 32  # that a program merges at a time
 
 
 def merge_slots(
@@ -44,7 +44,7 @@ def merge_slots(
 def variant(head_dim: int, bias: bool, window: bool, rotated: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants that select one compiled variant of `merge_kernel`, and how to launch it."""
     flags = {"BIAS": bias, "WINDOW": window, "ROTATED": rotated, "S": SLOTS}
-    return constants(head_dim) | flags, {"num_warps": max(8, triton.next_power_of_2(head_dim) // 16), "num_stages": 1}
+    return constants(head_dim) | flags, {"num_warps": max(4, triton.next_power_of_2(head_dim) // 32), "num_stages": 1}
 
 
 @triton.jit
