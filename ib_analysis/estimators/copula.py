@@ -40,4 +40,4 @@ def _normal_scores(values: Tensor) -> tuple[Tensor]:
     half_ranks = torch.arange(2 * count + 1, dtype=torch.float64, device=values.device)
     table = torch.special.ndtri(half_ranks / 2 / (count + 1))  # of every rank that there can be
     order, less, not_greater = runs(values)
-    return (as_given(order, table[less + not_greater + 1]),)
+    return (as_given(order, table.take(less + not_greater + 1)),)

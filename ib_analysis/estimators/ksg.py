@@ -77,50 +77,61 @@ def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
 def _counts_of_scalars(
     x: NDArray[np.float64], y: NDArray[np.float64], neighbours: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each."""
+    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each, in any order."""
     pairs = np.concatenate([x, y], axis=1)
-    radius = np.asarray(cKDTree(pairs).query(pairs, neighbours + 1, p=np.inf)[0])[:, -1]
+    tree = cKDTree(pairs)
+    pairs = pairs[tree.indices]  # neighbours one after another: what the tree reads for one is in the cache for the next
+    radius = np.asarray(tree.query(pairs, [neighbours + 1], p=np.inf)[0])[:, 0]
     _check_radius(float(radius.min()) ** 2, neighbours)
     radius = radius * (1 - 1e-9)  # or rounding would count the neighbour at the very radius
 
     def nearer(values: NDArray[np.float64]) -> NDArray[np.int64]:
-        ordered = np.sort(values)
-        return np.searchsorted(ordered, values + radius, "left") - np.searchsorted(ordered, values - radius, "right")
+        order = np.argsort(values)
+        ordered, reach = values[order], radius[order]
+        return np.searchsorted(ordered, ordered + reach, "left") - np.searchsorted(ordered, ordered - reach, "right")
 
-    return nearer(x[:, 0]), nearer(y[:, 0])
+    return nearer(pairs[:, 0]), nearer(pairs[:, 1])
 
 
 def _counts_of_vectors(x: Tensor, y: Tensor, neighbours: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The same from all pairs of distances: trees are slower than that from five dimensions on."""
     count = len(x)
-    left_x, right_x = _factors_of_squares(x)
-    left_y, right_y = _factors_of_squares(y)
-    squared_x, squared_y, both = (x.new_empty(ROWS, count) for _ in range(3))  # written again and again: new pages are slow
-    nearer = torch.empty(ROWS, count, dtype=torch.bool, device=x.device)
-    near = torch.empty(2, count, dtype=torch.int32, device=x.device)
+    groups = int((count * (neighbours + 1)) ** 0.5)
+    width = -(-count // groups) * groups
+    left_x, right_x = _factors_of_squares(x, width)
+    left_y, right_y = _factors_of_squares(y, width)
+    squared_x, squared_y, both = (x.new_empty(ROWS, width) for _ in range(3))  # written again and again: new pages are slow
+    near = x.new_empty(2, count)
     for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)
         used = slice(0, len(left_x[rows]))
         torch.mm(left_x[rows], right_x, out=squared_x[used])
         torch.mm(left_y[rows], right_y, out=squared_y[used])
         torch.maximum(squared_x[used], squared_y[used], out=both[used])
-        radius = both[used].topk(neighbours + 1, largest=False).values[:, -1:]  # the first is itself
+        radius = _smallest(both[used].view(-1, width // groups, groups), neighbours + 1)  # the first is itself
         _check_radius(float(radius.min()), neighbours)
         for squared, counts in zip((squared_x, squared_y), near):
-            counts[rows] = _row_counts(torch.lt(squared[used], radius, out=nearer[used]))
-    near_x, near_y = near.cpu().numpy()
+            torch.sum(squared[used].lt_(radius), dim=-1, out=counts[rows])  # in place, as masks are slower
+    near_x, near_y = near.long().cpu().numpy()
     return near_x, near_y
 
 
-def _factors_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, d + 2] and [d + 2, N] whose product is the matrix of squared distances between samples x [N, d]."""
+def _factors_of_squares(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[N, d + 2] and [d + 2, width] whose product is the matrix of squared distances between samples x [N, d]; columns beyond
+    N are infinite."""
     norms = x.square().sum(-1, keepdim=True)
     ones = torch.ones_like(norms)
-    return torch.cat([-2 * x, ones, norms], dim=1), torch.cat([x, norms, ones], dim=1).T.contiguous()
+    right = torch.cat([x, norms, ones], dim=1).T
+    right = torch.nn.functional.pad(right, (0, width - len(x)))
+    right[-2, len(x) :] = torch.inf
+    return torch.cat([-2 * x, ones, norms], dim=1), right
 
 
-def _row_counts(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8).sum(-1, dtype=torch.int32)  # several times faster than summing booleans
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """The rank-th smallest [R, 1] of values [R, S, G] of each row: it is in one of the `rank` groups of least minima."""
+    groups = values.amin(1).topk(rank, largest=False, sorted=False).indices  # [R, rank]
+    candidates = values.gather(2, groups[:, None].expand(-1, values.shape[1], -1))  # [R, S, rank]
+    return candidates.flatten(1).topk(rank, largest=False).values[:, -1:]
 
 
 def _check_radius(squared: float, neighbours: int) -> None:
