@@ -28,7 +28,7 @@ class Gaussian:
     """1/2 log2 |Sigma_x| |Sigma_y| / |Sigma_xy| of the sample covariance, less its exact bias under a Gaussian.
 
     Too low for variables that depend beyond their correlation: "Gaussian misfit" is raised where the kurtosis of Mardia
-    (1970) is not that of a Gaussian. Invariant under invertible linear maps of x and of y. All heads are computed at once.
+    (1970) is not that of a Gaussian. Invariant under invertible linear maps of x and of y.
     """
 
     name: ClassVar[str] = "gaussian"
