@@ -67,6 +67,11 @@ def entropy_limit_bits(values: Tensor) -> Tensor:
     return limit
 
 
+def lesser_entropy_limit_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Upper bound in bits [...] on the entropy of x [..., N, dx] or of y [..., N, dy]: on what they share."""
+    return torch.minimum(entropy_limit_bits(x), entropy_limit_bits(y).to(x.device))
+
+
 def _limits_of_suspects(values: Tensor) -> tuple[Tensor]:
     occurrence = occurrences(values)
     discrete = (distinct_values(occurrence) * SAMPLES_PER_VALUE <= values.shape[-2]).all(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar
@@ -14,7 +15,8 @@ from torch import Tensor
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
 from ib_analysis.estimators.chunks import in_chunks
-from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited
+from ib_analysis.estimators.entropy import lesser_entropy_limit_bits
+from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited_to
 from ib_analysis.estimators.samples import Array, Samples, check_samples, standardized
 
 LEAST_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
@@ -35,14 +37,18 @@ class Gaussian:
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
         """See Estimator. Needs more samples than dimensions."""
-        return estimate_gaussian(check_samples(x, y, documents))
+        return estimate_gaussian(check_samples(x, y, documents), lambda values: values)
 
 
-def estimate_gaussian(samples: Samples) -> Estimate:
-    """The estimate of checked samples."""
+def estimate_gaussian(samples: Samples, transform: Callable[[Tensor], Tensor]) -> Estimate:
+    """The estimate of checked samples, x and y [H, N, d] of a few heads at a time being transformed before."""
+
+    def measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return _measured(transform(x), transform(y))
+
     dim_x, dim_y, count = samples.dim_x, samples.dim_y, samples.count
     _check_count(count, dim_x + dim_y)
-    joint, last, joint_failed, last_failed, influence, misfits, *parts = in_chunks(_measured, samples.x, samples.y)
+    joint, last, joint_failed, last_failed, influence, misfits, limit, *parts = in_chunks(measured, samples.x, samples.y)
     _check_pivots(joint, last, joint_failed, last_failed)
     bits = _information_bits(joint, last, count)
     low, high = bootstrap_interval(bits, influence, samples.documents)
@@ -51,13 +57,13 @@ def estimate_gaussian(samples: Samples) -> Estimate:
     flags = {GAUSSIAN_MISFIT: misfits}
     if parts:
         flags[NOT_CONVERGED] = drifts(bits, parts[0], parts[1], (high - low) / 2)
-    return limited(samples, bits, low, high, flags)
+    return limited_to(limit, samples, bits, low, high, flags)
 
 
 def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Of samples x [H, N, dx] and y [H, N, dy]: pivots and failures as `_check_pivots` takes them, the influence of each
-    sample on the bits [H, N], whether they are unlike a Gaussian's [H], and, if there are enough, mean bits over halves and
-    over quarters of them [H]."""
+    sample on the bits [H, N], whether they are unlike a Gaussian's [H], the limit that entropies set to the bits [H], and, if
+    there are enough, mean bits over halves and over quarters of them [H]."""
     dim_x, dim_y, count = x.shape[-1], y.shape[-1], x.shape[-2]
     z = torch.cat([x, y], dim=-1)
     z -= z.mean(-2, keepdim=True)
@@ -67,7 +73,8 @@ def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     factor_y, last, last_failed = _factored(covariance[..., dim_x:, dim_x:])
     distances = _squared_distances(z, factor, factor_y)
     misfits = [misfit(squared, dim) for squared, dim in zip(distances, (dim_x, dim_y, dim_x + dim_y))]
-    measured = (joint, last, joint_failed, last_failed, _influence_bits(*distances), torch.stack(misfits).any(0))
+    influence, limit = _influence_bits(*distances), lesser_entropy_limit_bits(x, y)
+    measured = (joint, last, joint_failed, last_failed, influence, torch.stack(misfits).any(0), limit)
     if count < 8 * (dim_x + dim_y):
         return measured
     halves, sums_of_halves = (of_quarters.unflatten(1, (2, 2)).sum(1) for of_quarters in (quarters, sums))
