@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ib_analysis.estimators.order import ordered
+
 RESAMPLES = 1000
 MOST_GROUPS = 500  # more documents than that are merged at random: as good, and cheaper
 LEVEL = 0.95
@@ -20,21 +22,24 @@ def bootstrap_interval(bits: Tensor, influence: Tensor, documents: NDArray[np.in
     A cluster bootstrap (Field & Welsh 2007) of the linearised estimate: what a sample adds is computed once, documents are
     then drawn with replacement.
     """
-    groups, drawn = _resamples(int(documents.max()) + 1)
+    groups, draws = _resamples(int(documents.max()) + 1)
     group = torch.as_tensor(groups[documents], device=influence.device)  # [N]
-    count = drawn.shape[1]
+    count = draws.shape[1]
     centred = influence - influence.mean(-1, keepdim=True)
     sums = torch.zeros((*bits.shape, count), dtype=influence.dtype, device=influence.device)
     sums.index_add_(-1, group, centred)  # [..., G]
-    draws = torch.as_tensor(drawn, dtype=sums.dtype, device=sums.device)
-    moved = sums @ draws.T / influence.shape[-1]  # [..., R]
-    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=moved.dtype, device=moved.device)
-    low, high = moved.quantile(tails, dim=-1)
-    return bits + low, bits + high
+    moved = ordered(sums @ draws.to(sums).T / influence.shape[-1])  # [..., R]
+    return bits + _quantile(moved, (1 - LEVEL) / 2), bits + _quantile(moved, (1 + LEVEL) / 2)
+
+
+def _quantile(ascending: Tensor, share: float) -> Tensor:
+    """Value [...] below which a share of values [..., R] lies, between the two nearest."""
+    place = share * (ascending.shape[-1] - 1)
+    return torch.lerp(ascending[..., int(place)], ascending[..., int(place) + 1], place % 1)
 
 
 @lru_cache(maxsize=4)
-def _resamples(documents: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _resamples(documents: int) -> tuple[NDArray[np.int64], Tensor]:
     """The group of each document, and how often each of RESAMPLES draws takes each group: [documents] and [R, G].
 
     Kept between calls, because drawing takes longer than most estimates.
@@ -42,4 +47,5 @@ def _resamples(documents: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     rng = np.random.default_rng(0)
     groups = rng.permutation(documents) % MOST_GROUPS
     count = min(documents, MOST_GROUPS)
-    return groups, rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    return groups, torch.as_tensor(drawn, dtype=torch.float64)

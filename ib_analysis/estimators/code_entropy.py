@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from math import log
 from typing import ClassVar
 
+from torch import Tensor
+
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
-from ib_analysis.estimators.entropy import column_entropies_bits, distinct_values, occurrences
+from ib_analysis.estimators.chunks import in_chunks
+from ib_analysis.estimators.entropy import distinct_values, entropies_of_occurrences_bits, occurrences
 from ib_analysis.estimators.estimate import FEWEST_DOCUMENTS, TOO_FEW, Estimate, flagged
 from ib_analysis.estimators.gaussian import NORMAL_QUANTILE
 from ib_analysis.estimators.samples import Array, Samples, as_numbers, as_tensor, check_documents, check_pairs
@@ -32,12 +35,17 @@ class CodeEntropy:
         check_pairs(first, codes)
         count = codes.shape[-2]
         samples = Samples(first, codes, check_documents(documents, count))
-        occurrence = occurrences(codes)
-        levels = distinct_values(occurrence)  # [..., dy]
+        bits, influence, levels = in_chunks(_measured, codes)
         if as_tensor("y", y).is_floating_point() and (levels > count / 2).any():
             raise EstimatorError("y takes as many values as there are samples: pass integer codes, or use DitheredChannel")
-        bits = column_entropies_bits(codes).sum(-1)
-        low, high = bootstrap_interval(bits, -occurrence.double().log2().sum(-1), samples.documents)
+        low, high = bootstrap_interval(bits, influence, samples.documents)
         least = NORMAL_QUANTILE * ((levels - 1).sum(-1) / 2).sqrt() / count / log(2)  # of uniform codes, whose influence is 0
         few = (count < SAMPLES_PER_LEVEL * levels.amax(-1)) | (samples.documents_count < FEWEST_DOCUMENTS)
         return flagged(bits, low.minimum(bits - least), high.maximum(bits + least), {TOO_FEW: few})
+
+
+def _measured(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits [H], influence on them [H, N] and levels of each column [H, d] of codes [H, N, d]."""
+    occurrence = occurrences(codes)
+    bits = entropies_of_occurrences_bits(codes, occurrence).sum(-1)
+    return bits, -occurrence.double().log2().sum(-1), distinct_values(occurrence)

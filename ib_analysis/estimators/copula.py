@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ib_analysis.estimators.estimate import Estimate
 from ib_analysis.estimators.gaussian import estimate_gaussian
-from ib_analysis.estimators.samples import Array, Samples, check_samples
+from ib_analysis.estimators.order import as_given, runs
+from ib_analysis.estimators.samples import Array, check_samples
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,13 @@ class CopulaGaussian:
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
         """See Estimator. Needs more samples than dimensions."""
-        samples = check_samples(x, y, documents)
-        return estimate_gaussian(Samples(normal_scores(samples.x), normal_scores(samples.y), samples.documents))
+        return estimate_gaussian(check_samples(x, y, documents), normal_scores)
 
 
 def normal_scores(values: Tensor) -> Tensor:
     """Normal quantiles of rank / (N + 1) in each column of values [..., N, d]; equal values share their mean rank."""
-    columns = values.mT.contiguous()  # [..., d, N]
-    ordered = columns.sort(dim=-1).values
-    below = torch.searchsorted(ordered, columns)
-    not_above = torch.searchsorted(ordered, columns, right=True)
-    rank = (below + not_above + 1).to(values.dtype) / 2
-    return torch.special.ndtri(rank / (values.shape[-2] + 1)).mT
+    count = values.shape[-2]
+    half_ranks = torch.arange(2 * count + 1, dtype=torch.float64, device=values.device)
+    table = torch.special.ndtri(half_ranks / 2 / (count + 1))  # of every rank that there can be
+    order, less, not_greater = runs(values)
+    return as_given(order, table.take(less + not_greater + 1))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
+from ib_analysis.estimators.chunks import in_chunks
 from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, Estimate, limited
 from ib_analysis.estimators.gaussian import misfit
 from ib_analysis.estimators.samples import Array, check_samples
@@ -36,16 +37,22 @@ class DitheredChannel:
         samples = check_samples(x, y, documents)
         if samples.dim_x != samples.dim_y:
             raise EstimatorError(f"y must hold the decoded channels of x, but they have {samples.dim_y} and {samples.dim_x}")
-        centred = samples.x - samples.x.mean(-2, keepdim=True)
-        scaled, noise = _in_units_of_noise(centred, samples.y - samples.y.mean(-2, keepdim=True))
-        covariance = scaled.mT @ scaled / samples.count  # [..., d, d]
-        bits, factor, share = _gaussian_bits(covariance, samples.count)
-        received = torch.linalg.solve_triangular(factor, scaled.mT, upper=False).square().sum(-2)  # [..., N]
-        power = covariance.diagonal(dim1=-2, dim2=-1)[..., None, :]  # of each channel, noise being 1
-        of_noise = noise.square() - 2 * noise * scaled / power  # influence on the log of the noise power [..., N, d]
-        lost = (share.diagonal(dim1=-2, dim2=-1)[..., None, :] * of_noise).sum(-1)
-        low, high = bootstrap_interval(bits, (received - lost) / (2 * log(2)), samples.documents)
-        return limited(samples, bits, low, high + samples.dim_x * SPACE_FILLING_BITS, {GAUSSIAN_MISFIT: _misfit(centred)})
+        bits, influence, misfits = in_chunks(_measured, samples.x, samples.y)
+        low, high = bootstrap_interval(bits, influence, samples.documents)
+        return limited(samples, bits, low, high + samples.dim_x * SPACE_FILLING_BITS, {GAUSSIAN_MISFIT: misfits})
+
+
+def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits [H], the influence of each sample on them [H, N], and whether x is unlike a Gaussian [H], of x and y [H, N, d]."""
+    scaled, noise = _in_units_of_noise(x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True))
+    covariance = scaled.mT @ scaled / x.shape[-2]  # [H, d, d]
+    bits, factor, share = _gaussian_bits(covariance, x.shape[-2])
+    power = covariance.diagonal(dim1=-2, dim2=-1)[..., None, :]  # of each channel, noise being 1
+    of_noise = noise * (noise - scaled * (2 / power))  # influence on the log of the noise power [H, N, d]
+    lost = (of_noise @ share.diagonal(dim1=-2, dim2=-1)[..., None])[..., 0]
+    influence = (_squared_distances(scaled, factor) - lost) / (2 * log(2))
+    own_factor, failed = torch.linalg.cholesky_ex(covariance)
+    return bits, influence, misfit(_squared_distances(scaled, own_factor), x.shape[-1]) | (failed != 0)
 
 
 def channel_bits(covariance: Tensor, count: int) -> Tensor:
@@ -74,21 +81,20 @@ def _gaussian_bits(covariance: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
 def _in_units_of_noise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """a x and w of y = a x + w for each channel [..., N, d] of centred x and y, both divided by the deviation of w."""
     gain = (x * y).mean(-2, keepdim=True) / x.square().mean(-2, keepdim=True)
-    noise = y - gain * x
+    noise = torch.addcmul(y, gain, x, value=-1)
     power = noise.square().mean(-2, keepdim=True)  # [..., 1, d]
     share = power / y.square().mean(-2, keepdim=True)
     if (share < LEAST_NOISE).any():
         raise EstimatorError("y is a copy of x up to rounding in some channel, so its information is infinite")
     if (share > MOST_NOISE).any():
         raise EstimatorError("y shares less than half of its variance with x in some channel: it is no decoded x, use Gaussian")
-    return gain * x / power.sqrt(), noise / power.sqrt()
+    return x * (gain / power.sqrt()), noise / power.sqrt()
 
 
 def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _misfit(centred: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(centred.mT @ centred / centred.shape[-2])
-    squared = torch.linalg.solve_triangular(factor, centred.mT, upper=False).square().sum(-2)
-    return misfit(squared, centred.shape[-1]) | (failed != 0)
+def _squared_distances(values: Tensor, factor: Tensor) -> Tensor:
+    """Squared Mahalanobis distances [H, N] of values [H, N, d], from the Cholesky factor of their covariance [H, d, d]."""
+    return torch.linalg.vector_norm(torch.linalg.solve_triangular(factor, values.mT, upper=False), dim=-2).square()

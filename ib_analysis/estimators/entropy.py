@@ -7,15 +7,17 @@ from math import log, log2
 import torch
 from torch import Tensor
 
+from ib_analysis.estimators.chunks import in_chunks
+from ib_analysis.estimators.order import as_given, ordered, runs
+
 PROBE = 64  # samples among which a column of few values is expected to repeat itself
 SAMPLES_PER_VALUE = 8  # a column counts as discrete if its values occur so often on average
 
 
 def occurrences(values: Tensor) -> Tensor:
     """How often each value of values [..., N, d] occurs in its column: int64 [..., N, d]."""
-    columns = values.mT.contiguous()  # [..., d, N]
-    ordered = columns.sort(dim=-1).values
-    return (torch.searchsorted(ordered, columns, right=True) - torch.searchsorted(ordered, columns)).mT
+    order, less, not_greater = runs(values)
+    return as_given(order, not_greater - less)
 
 
 def distinct_values(occurrence: Tensor) -> Tensor:
@@ -29,8 +31,12 @@ def column_entropies_bits(values: Tensor) -> Tensor:
     Plug-in entropy plus the correction (K - 1) / 2N nats of Miller (1955) and Madow (1954), but no more than the log of the
     range of the values, if these are integers.
     """
+    return entropies_of_occurrences_bits(values, occurrences(values))
+
+
+def entropies_of_occurrences_bits(values: Tensor, occurrence: Tensor) -> Tensor:
+    """As `column_entropies_bits`, from how often each value occurs in its column."""
     count = values.shape[-2]
-    occurrence = occurrences(values)
     entropy = log2(count) - occurrence.double().log2().mean(-2)
     entropy = entropy + (distinct_values(occurrence) - 1) / (2 * count * log(2))
     integers = (values == values.round()).all(-2)
@@ -54,10 +60,19 @@ def entropies_of_counts_bits(counts: Tensor) -> Tensor:
 def entropy_limit_bits(values: Tensor) -> Tensor:
     """Upper bound in bits [...] on the entropy of values [..., N, d]: the sum over columns; infinite where one is continuous."""
     limit = torch.full(values.shape[:-2], torch.inf, dtype=torch.float64, device=values.device)
-    probe = values[..., :PROBE, :].sort(dim=-2).values
-    suspects = (probe.diff(dim=-2) == 0).any(-2).all(-1)  # [...]; continuous values never repeat
+    probe = ordered(values[..., :PROBE, :].mT)  # [..., d, PROBE]
+    suspects = (probe[..., 1:] == probe[..., :-1]).any(-1).all(-1)  # [...]; continuous values never repeat
     if suspects.any():
-        few = values[suspects]
-        discrete = (distinct_values(occurrences(few)) * SAMPLES_PER_VALUE <= values.shape[-2]).all(-1)
-        limit[suspects] = column_entropies_bits(few).sum(-1).where(discrete, torch.inf)
+        (limit[suspects],) = in_chunks(_limits_of_suspects, values[suspects])
     return limit
+
+
+def lesser_entropy_limit_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Upper bound in bits [...] on the entropy of x [..., N, dx] or of y [..., N, dy]: on what they share."""
+    return torch.minimum(entropy_limit_bits(x), entropy_limit_bits(y).to(x.device))
+
+
+def _limits_of_suspects(values: Tensor) -> tuple[Tensor]:
+    occurrence = occurrences(values)
+    discrete = (distinct_values(occurrence) * SAMPLES_PER_VALUE <= values.shape[-2]).all(-1)
+    return (entropies_of_occurrences_bits(values, occurrence).sum(-1).where(discrete, torch.inf),)

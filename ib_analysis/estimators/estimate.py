@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ib_analysis.estimators.entropy import entropy_limit_bits
+from ib_analysis.estimators.entropy import lesser_entropy_limit_bits
 from ib_analysis.estimators.samples import Array, Samples
 
 SATURATED = "saturated"  # near the largest value that the method can return for so many samples
@@ -61,7 +61,12 @@ class Estimator(Protocol):
 
 def limited(samples: Samples, bits: Tensor, low: Tensor, high: Tensor, flags: dict[str, Tensor]) -> Estimate:
     """The estimate from bits, low and high [...], lowered to the entropies of x and of y where these take few values."""
-    limit = torch.minimum(entropy_limit_bits(samples.x), entropy_limit_bits(samples.y)).to(bits.device)
+    return limited_to(lesser_entropy_limit_bits(samples.x, samples.y), samples, bits, low, high, flags)
+
+
+def limited_to(limit: Tensor, samples: Samples, bits: Tensor, low: Tensor, high: Tensor, flags: dict[str, Tensor]) -> Estimate:
+    """The estimate from bits, low and high [...], lowered to a limit in bits [...]."""
+    limit = limit.to(bits.device)
     above = bits > limit
     bits, low, high = (torch.minimum(value, limit) for value in (bits, low, high))
     few = too_few(samples.count, samples.documents_count, samples.dim_x + samples.dim_y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
-from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited
+from ib_analysis.estimators.chunks import in_chunks
+from ib_analysis.estimators.entropy import lesser_entropy_limit_bits
+from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited_to
 from ib_analysis.estimators.samples import Array, Samples, check_samples, standardized
 
 LEAST_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
@@ -27,33 +30,60 @@ class Gaussian:
     """1/2 log2 |Sigma_x| |Sigma_y| / |Sigma_xy| of the sample covariance, less its exact bias under a Gaussian.
 
     Too low for variables that depend beyond their correlation: "Gaussian misfit" is raised where the kurtosis of Mardia
-    (1970) is not that of a Gaussian. Invariant under invertible linear maps of x and of y. All heads are computed at once.
+    (1970) is not that of a Gaussian. Invariant under invertible linear maps of x and of y.
     """
 
     name: ClassVar[str] = "gaussian"
 
     def estimate(self, x: Array, y: Array, documents: Array | None = None) -> Estimate:
         """See Estimator. Needs more samples than dimensions."""
-        return estimate_gaussian(check_samples(x, y, documents))
+        return estimate_gaussian(check_samples(x, y, documents), lambda values: values)
 
 
-def estimate_gaussian(samples: Samples) -> Estimate:
-    """The estimate of checked samples."""
-    dim_x, count = samples.dim_x, samples.count
-    z = torch.cat([standardized(samples.x), standardized(samples.y)], dim=-1)  # [..., N, D]
-    factors = _factors(z.mT @ z / count, dim_x, count)
-    bits = _information_bits(*factors, count)
-    distances = _squared_distances(z, *factors)
-    low, high = bootstrap_interval(bits, _influence_bits(*distances), samples.documents)
-    least = NORMAL_QUANTILE * (dim_x * samples.dim_y / 2) ** 0.5 / count / log(2)
+def estimate_gaussian(samples: Samples, transform: Callable[[Tensor], Tensor]) -> Estimate:
+    """The estimate of checked samples, x and y [H, N, d] of a few heads at a time being transformed before."""
+
+    def measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return _measured(transform(x), transform(y))
+
+    dim_x, dim_y, count = samples.dim_x, samples.dim_y, samples.count
+    _check_count(count, dim_x + dim_y)
+    joint, last, joint_failed, last_failed, influence, misfits, limit, *parts = in_chunks(measured, samples.x, samples.y)
+    _check_pivots(joint, last, joint_failed, last_failed)
+    bits = _information_bits(joint, last, count)
+    low, high = bootstrap_interval(bits, influence, samples.documents)
+    least = NORMAL_QUANTILE * (dim_x * dim_y / 2) ** 0.5 / count / log(2)
     low, high = low.minimum(bits - least), high.maximum(bits + least)
-    dimensions = (dim_x, samples.dim_y, z.shape[-1])
-    misfits = [misfit(squared, dimension) for squared, dimension in zip(distances, dimensions)]
-    flags = {GAUSSIAN_MISFIT: torch.stack(misfits).any(0)}
-    if count >= 8 * z.shape[-1]:
-        halves, quarters = (_mean_of_parts(z, dim_x, parts) for parts in (2, 4))
-        flags[NOT_CONVERGED] = drifts(bits, halves, quarters, (high - low) / 2)
-    return limited(samples, bits, low, high, flags)
+    flags = {GAUSSIAN_MISFIT: misfits}
+    if parts:
+        flags[NOT_CONVERGED] = drifts(bits, parts[0], parts[1], (high - low) / 2)
+    return limited_to(limit, samples, bits, low, high, flags)
+
+
+def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Of samples x [H, N, dx] and y [H, N, dy]: pivots and failures as `_check_pivots` takes them, the influence of each
+    sample on the bits [H, N], whether they are unlike a Gaussian's [H], the limit that entropies set to the bits [H], and, if
+    there are enough, mean bits over halves and over quarters of them [H]."""
+    dim_x, dim_y, count = x.shape[-1], y.shape[-1], x.shape[-2]
+    z = torch.cat([x, y], dim=-1)
+    z -= z.mean(-2, keepdim=True)
+    whole, quarters, sums = _products(z)
+    covariance = whole / count
+    factor, joint, joint_failed = _factored(covariance)
+    factor_y, last, last_failed = _factored(covariance[..., dim_x:, dim_x:])
+    distances = _squared_distances(z, factor, factor_y)
+    misfits = [misfit(squared, dim) for squared, dim in zip(distances, (dim_x, dim_y, dim_x + dim_y))]
+    influence, limit = _influence_bits(*distances), lesser_entropy_limit_bits(x, y)
+    measured = (joint, last, joint_failed, last_failed, influence, torch.stack(misfits).any(0), limit)
+    if count < 8 * (dim_x + dim_y):
+        return measured
+    halves, sums_of_halves = (of_quarters.unflatten(1, (2, 2)).sum(1) for of_quarters in (quarters, sums))
+    size = count // 4
+    return (
+        *measured,
+        _mean_of_parts(halves, sums_of_halves, 2 * size, dim_x),
+        _mean_of_parts(quarters, sums, size, dim_x),
+    )
 
 
 def information_bits(covariance: Tensor, dim_x: int, count: int) -> Tensor:
@@ -61,7 +91,7 @@ def information_bits(covariance: Tensor, dim_x: int, count: int) -> Tensor:
 
     Raises EstimatorError if there are no more samples than dimensions, or if some columns determine others.
     """
-    return _information_bits(*_factors(covariance, dim_x, count), count)
+    return _information_bits(*_checked_pivots(covariance, dim_x, count), count)
 
 
 def total_correlation_bits(values: Tensor) -> Tensor:
@@ -70,24 +100,24 @@ def total_correlation_bits(values: Tensor) -> Tensor:
     Raises EstimatorError if there are no more samples than columns, or if some columns determine others.
     """
     z = standardized(values)
-    factor, _ = _factors(z.mT @ z / z.shape[-2], z.shape[-1], z.shape[-2])
-    return _total_correlation_bits(factor, z.shape[-2])
+    pivots, _ = _checked_pivots(z.mT @ z / z.shape[-2], z.shape[-1], z.shape[-2])
+    return _total_correlation_bits(pivots, z.shape[-2])
 
 
-def information_or_nan_bits(correlation: Tensor, dim_x: int, count: int) -> Tensor:
-    """As `information_bits`, [...] from correlations [..., D, D]; NaN where it would raise, so that other heads have theirs."""
-    (joint, joint_holds), (last, last_holds) = (_factor(part) for part in (correlation, correlation[..., dim_x:, dim_x:]))
-    if count <= correlation.shape[-1]:
+def information_or_nan_bits(covariance: Tensor, dim_x: int, count: int) -> Tensor:
+    """As `information_bits`, [...] from covariances [..., D, D]; NaN where it would raise, so that other heads have theirs."""
+    (joint, joint_holds), (last, last_holds) = (_held_pivots(part) for part in (covariance, covariance[..., dim_x:, dim_x:]))
+    if count <= covariance.shape[-1]:
         return torch.full_like(joint_holds, torch.nan, dtype=joint.dtype)
     return _information_bits(joint, last, count).where(joint_holds & last_holds, torch.nan)
 
 
-def total_correlation_or_nan_bits(correlation: Tensor, count: int) -> Tensor:
-    """As `total_correlation_bits`, [...] from correlations [..., d, d] of `count` samples; NaN where it would raise."""
-    factor, holds = _factor(correlation)
-    if count <= correlation.shape[-1]:
-        return torch.full_like(holds, torch.nan, dtype=factor.dtype)
-    return _total_correlation_bits(factor, count).where(holds, torch.nan)
+def total_correlation_or_nan_bits(covariance: Tensor, count: int) -> Tensor:
+    """As `total_correlation_bits`, [...] from covariances [..., d, d] of `count` samples; NaN where it would raise."""
+    pivots, holds = _held_pivots(covariance)
+    if count <= covariance.shape[-1]:
+        return torch.full_like(holds, torch.nan, dtype=pivots.dtype)
+    return _total_correlation_bits(pivots, count).where(holds, torch.nan)
 
 
 def regular(covariance: Tensor) -> Tensor:
@@ -111,62 +141,71 @@ def _log_determinant_bias(dim: int, count: int) -> float:
     return float(digamma((count - 1 - np.arange(dim)) / 2).sum())
 
 
-def _factors(covariance: Tensor, dim_x: int, count: int) -> tuple[Tensor, Tensor]:
-    """Cholesky factors of the correlation of x and y [..., D, D], and of that of y [..., dy, dy]."""
-    dim = covariance.shape[-1]
-    if count <= dim:
-        raise EstimatorError(f"{count} samples of {dim} dimensions have a singular covariance: pass at least {10 * dim}")
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    if (variance <= 0).any():
+def _factored(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky factor [..., D, D] of covariances; its pivots [..., D], the deviation of each variable given those before as a
+    share of its own; and the column at which it stopped, from 1 [...], or 0 if it exists."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    return factor, factor.diagonal(dim1=-2, dim2=-1) / covariance.diagonal(dim1=-2, dim2=-1).sqrt(), failed
+
+
+def _held_pivots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Pivots [..., D], and whether all exist and rounding could have made none of them [...]."""
+    _, pivots, failed = _factored(covariance)
+    return pivots, (failed == 0) & (pivots.square() >= LEAST_PIVOT).all(-1)
+
+
+def _checked_pivots(covariance: Tensor, dim_x: int, count: int) -> tuple[Tensor, Tensor]:
+    """Pivots of x and y [..., D], and of y alone [..., dy]."""
+    _check_count(count, covariance.shape[-1])
+    if (covariance.diagonal(dim1=-2, dim2=-1) <= 0).any():
         raise EstimatorError("some column of x or y is constant: drop it, it carries no information")
-    scale = variance.rsqrt()
-    correlation = covariance * scale[..., None] * scale[..., None, :]
-    joint, joint_failed = torch.linalg.cholesky_ex(correlation)
-    last, last_failed = torch.linalg.cholesky_ex(correlation[..., dim_x:, dim_x:])
-    in_x = joint_failed.where(joint_failed <= dim_x, 0)
-    _check_pivots(joint[..., :dim_x, :dim_x], in_x, "x, or a combination of its columns, is redundant: drop column")
-    _check_pivots(last, last_failed, "y, or a combination of its columns, is redundant: drop column")
-    _check_pivots(joint, joint_failed, "x determines y up to rounding, so the information is infinite: see joint column")
+    _, joint, joint_failed = _factored(covariance)
+    _, last, last_failed = _factored(covariance[..., dim_x:, dim_x:])
+    _check_pivots(joint, last, joint_failed, last_failed)
     return joint, last
 
 
-def _factor(correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor [..., D, D], and whether it exists with no pivot that rounding could have made [...]."""
-    factor, failed = torch.linalg.cholesky_ex(correlation)
-    return factor, (failed == 0) & (factor.diagonal(dim1=-2, dim2=-1).square() >= LEAST_PIVOT).all(-1)
+def _check_count(count: int, dim: int) -> None:
+    if count <= dim:
+        raise EstimatorError(f"{count} samples of {dim} dimensions have a singular covariance: pass at least {10 * dim}")
 
 
-def _check_pivots(factor: Tensor, failed: Tensor, reason: str) -> None:
-    """Raises EstimatorError for a vanishing pivot; `failed` [...] is the column at which Cholesky stopped, from 1."""
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+def _check_pivots(joint: Tensor, last: Tensor, joint_failed: Tensor, last_failed: Tensor) -> None:
+    """Raises EstimatorError if a pivot of x and y [..., D], or of y [..., dy], vanishes or was not reached."""
+    dim_x = joint.shape[-1] - last.shape[-1]
+    in_x = joint_failed.where(joint_failed <= dim_x, 0)
+    _check_each_pivot(joint[..., :dim_x], in_x, "x, or a combination of its columns, is redundant: drop column")
+    _check_each_pivot(last, last_failed, "y, or a combination of its columns, is redundant: drop column")
+    _check_each_pivot(joint, joint_failed, "x determines y up to rounding, so the information is infinite: see joint column")
+
+
+def _check_each_pivot(pivots: Tensor, failed: Tensor, reason: str) -> None:
     columns = torch.arange(1, pivots.shape[-1] + 1, device=pivots.device)
-    dependent = (pivots < LEAST_PIVOT) | (columns == failed[..., None])
+    dependent = (pivots.square() < LEAST_PIVOT) | (columns == failed[..., None])
     if dependent.any():
         *head, column = dependent.nonzero()[0].tolist()
         raise EstimatorError(f"{reason} {column}" + (f" of head {head}" if head else ""))
 
 
-def _total_correlation_bits(factor: Tensor, count: int) -> Tensor:
-    dim = factor.shape[-1]
-    nats = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (nats - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
+def _total_correlation_bits(pivots: Tensor, count: int) -> Tensor:
+    dim = pivots.shape[-1]
+    return (-pivots.log().sum(-1) - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
 
 
 def _information_bits(joint: Tensor, last: Tensor, count: int) -> Tensor:
-    # The last pivots of the joint factor are those of y given x.
+    # The last pivots of x and y are those of y given x.
     dim_y = last.shape[-1]
     dim_x = joint.shape[-1] - dim_y
-    given_x = joint.diagonal(dim1=-2, dim2=-1)[..., dim_x:].log().sum(-1)
-    alone = last.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (alone - given_x - bias_nats(dim_x, dim_y, count)) / log(2)
+    return (last.log().sum(-1) - joint[..., dim_x:].log().sum(-1) - bias_nats(dim_x, dim_y, count)) / log(2)
 
 
 def _squared_distances(z: Tensor, joint: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared Mahalanobis distances [..., N] of x, of y and of both."""
+    """Squared Mahalanobis distances [..., N] of x, of y and of both, from factors of covariances."""
     dim_x = joint.shape[-1] - last.shape[-1]
-    whitened = torch.linalg.solve_triangular(joint, z.mT, upper=False).square()  # [..., D, N]
-    whitened_y = torch.linalg.solve_triangular(last, z[..., dim_x:].mT, upper=False).square()
-    return whitened[..., :dim_x, :].sum(-2), whitened_y.sum(-2), whitened.sum(-2)
+    whitened = torch.linalg.solve_triangular(joint, z.mT, upper=False)  # [..., D, N]
+    whitened_y = torch.linalg.solve_triangular(last, z[..., dim_x:].mT, upper=False)
+    x, rest, y = (torch.linalg.vector_norm(part, dim=-2).square() for part in (*whitened.tensor_split([dim_x], -2), whitened_y))
+    return x, y, x + rest
 
 
 def _influence_bits(x: Tensor, y: Tensor, both: Tensor) -> Tensor:
@@ -184,10 +223,17 @@ def misfit(squared: Tensor, dim: int) -> Tensor:
     return ~((squared.square().mean(-1) - mean).abs() <= MISFIT_DEVIATIONS * max(spread, 0.0) ** 0.5)  # NaN misfits
 
 
-def _mean_of_parts(z: Tensor, dim_x: int, parts: int) -> Tensor:
-    """Mean estimate in bits [...] over interleaved parts of the samples z [..., N, D]; NaN if one is singular."""
-    size = z.shape[-2] // parts
-    part = z[..., : parts * size, :].unflatten(-2, (size, parts)).movedim(-2, -3)  # [..., parts, N / parts, D]
-    part = part - part.mean(-2, keepdim=True)
-    covariance = part.mT @ part / size
+def _products(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of columns z [H, N, D] summed over all samples [H, D, D] and over interleaved quarters [H, 4, D, D], and the
+    sums of the latter [H, 4, D]. Quarters leave out up to 3 samples at the end."""
+    end = z.shape[-2] // 4 * 4
+    parts = [z[:, start:end:4] for start in range(4)]
+    quarters = torch.stack([part.mT @ part for part in parts], dim=1)
+    rest = z[:, end:]
+    return quarters.sum(1) + rest.mT @ rest, quarters, torch.stack([part.sum(-2) for part in parts], dim=1)
+
+
+def _mean_of_parts(products: Tensor, sums: Tensor, size: int, dim_x: int) -> Tensor:
+    """Mean estimate in bits [H] over parts of `size` samples, from what `_products` returns of them; NaN if one is singular."""
+    covariance = (products - sums[..., None] * (sums / size)[..., None, :]) / size
     return information_or_nan_bits(covariance, dim_x, size).mean(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log
 from numbers import Integral
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,11 @@ from ib_analysis.estimators.bootstrap import LEVEL
 from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
 from ib_analysis.estimators.samples import Array, check_samples, standardized
 
+Floats: TypeAlias = "NDArray[np.float64]"
+Counts: TypeAlias = "NDArray[np.int64]"
+
 PARTS = 8  # disjoint parts of the documents, from which the interval comes
+TREE_DIMENSIONS = 6  # of x and y together; in more, a tree is slower than looking at all pairs
 ROWS = 16  # of the distance matrix at once: small enough for the processor's cache
 LEAST_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
 
@@ -29,8 +33,8 @@ class KSG:
     """The first estimator of the paper (equation 8): max-norm over x and y, Euclidean distance within each.
 
     psi(k) + psi(N) - E[psi(n_x + 1) + psi(n_y + 1)], where n counts samples nearer than the k-th neighbour. It cannot exceed
-    psi(N) - psi(k), and is biased towards 0 in more than a few dimensions: a cross-check there. Time grows as N^2, except for
-    scalars. Columns are standardised first. The interval comes from disjoint parts of the documents, drawn without
+    psi(N) - psi(k), and is biased towards 0 in more than a few dimensions: a cross-check there. Time grows as N^2 in more
+    than 6 dimensions. Columns are standardised first. The interval comes from disjoint parts of the documents, drawn without
     replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
     """
 
@@ -67,60 +71,92 @@ class KSG:
 
 def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
     """The estimate from standardised x [N, dx] and y [N, dy]."""
-    if x.shape[-1] == y.shape[-1] == 1:
-        near_x, near_y = _counts_of_scalars(x.cpu().numpy(), y.cpu().numpy(), neighbours)
+    if x.shape[-1] + y.shape[-1] <= TREE_DIMENSIONS:
+        near_x, near_y = _counts_by_trees(x.cpu().numpy(), y.cpu().numpy(), neighbours)
     else:
-        near_x, near_y = _counts_of_vectors(x, y, neighbours)
+        near_x, near_y = _counts_by_pairs(x, y, neighbours)
     return float(digamma(neighbours) + digamma(len(x)) - np.mean(digamma(near_x) + digamma(near_y)))
 
 
-def _counts_of_scalars(
-    x: NDArray[np.float64], y: NDArray[np.float64], neighbours: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each."""
-    pairs = np.concatenate([x, y], axis=1)
-    radius = np.asarray(cKDTree(pairs).query(pairs, neighbours + 1, p=np.inf)[0])[:, -1]
+def _counts_by_trees(x: Floats, y: Floats, neighbours: int) -> tuple[Counts, Counts]:
+    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each, in any order."""
+    radius = np.sqrt(_squared_radii(x, y, neighbours))
     _check_radius(float(radius.min()) ** 2, neighbours)
     radius = radius * (1 - 1e-9)  # or rounding would count the neighbour at the very radius
-
-    def nearer(values: NDArray[np.float64]) -> NDArray[np.int64]:
-        ordered = np.sort(values)
-        return np.searchsorted(ordered, values + radius, "left") - np.searchsorted(ordered, values - radius, "right")
-
-    return nearer(x[:, 0]), nearer(y[:, 0])
+    return _nearer(x, radius), _nearer(y, radius)
 
 
-def _counts_of_vectors(x: Tensor, y: Tensor, neighbours: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The same from all pairs of distances: trees are slower than that from five dimensions on."""
+def _squared_radii(x: Floats, y: Floats, neighbours: int) -> Floats:
+    """Squared distance [N] to the k-th neighbour. A tree knows the max-norm over scalars, but not that over vectors: for
+    these it proposes candidates by the Euclidean distance over x and y, at most sqrt(2) of ours, until no other can be nearer.
+    """
+    pairs = np.concatenate([x, y], axis=1)
+    tree = cKDTree(pairs)
+    rows = tree.indices  # in this order, what the tree reads for one is in the processor's cache for the next
+    squared = np.empty(len(x))
+    if pairs.shape[1] == 2:
+        distance, _ = tree.query(pairs[rows], [neighbours + 1], p=np.inf)  # [rows, 1]; the first is itself
+        squared[rows] = np.square(distance)[:, 0]
+        return squared
+    candidates = 3 * (neighbours + 1)
+    while len(rows) > 0:
+        candidates = min(candidates, len(x))
+        distance, near = tree.query(pairs[rows], candidates)  # [rows, candidates]
+        both = np.maximum(*(np.square(values.T[:, near] - values.T[:, rows, None]).sum(0) for values in (x, y)))
+        squared[rows] = np.partition(both, neighbours, axis=1)[:, neighbours]
+        rows = rows[2 * squared[rows] > np.square(distance)[:, -1]] if candidates < len(x) else rows[:0]
+        candidates *= 2
+    return squared
+
+
+def _nearer(values: Floats, radius: Floats) -> Counts:
+    """How many of values [N, d] lie within a radius [N] of each: [N], in any order."""
+    if values.shape[1] > 1:
+        return np.asarray(cKDTree(values).query_ball_point(values, radius, return_length=True))
+    order = np.argsort(values[:, 0])
+    ordered, reach = values[order, 0], radius[order]
+    return np.searchsorted(ordered, ordered + reach, "left") - np.searchsorted(ordered, ordered - reach, "right")
+
+
+def _counts_by_pairs(x: Tensor, y: Tensor, neighbours: int) -> tuple[Counts, Counts]:
+    """The same from the distances of all pairs."""
     count = len(x)
-    left_x, right_x = _factors_of_squares(x)
-    left_y, right_y = _factors_of_squares(y)
-    squared_x, squared_y, both = (x.new_empty(ROWS, count) for _ in range(3))  # written again and again: new pages are slow
-    nearer = torch.empty(ROWS, count, dtype=torch.bool, device=x.device)
-    near = torch.empty(2, count, dtype=torch.int32, device=x.device)
+    groups = int((count * (neighbours + 1)) ** 0.5)
+    width = -(-count // groups) * groups
+    left_x, right_x = _factors_of_squares(x, width)
+    left_y, right_y = _factors_of_squares(y, width)
+    squared_x, squared_y, both = (x.new_empty(ROWS, width) for _ in range(3))  # written again and again: new pages are slow
+    near = x.new_empty(2, count)
     for start in range(0, count, ROWS):
         rows = slice(start, start + ROWS)
         used = slice(0, len(left_x[rows]))
         torch.mm(left_x[rows], right_x, out=squared_x[used])
         torch.mm(left_y[rows], right_y, out=squared_y[used])
         torch.maximum(squared_x[used], squared_y[used], out=both[used])
-        radius = both[used].topk(neighbours + 1, largest=False).values[:, -1:]  # the first is itself
+        radius = _smallest(both[used].view(-1, width // groups, groups), neighbours + 1)  # the first is itself
         _check_radius(float(radius.min()), neighbours)
         for squared, counts in zip((squared_x, squared_y), near):
-            counts[rows] = _row_counts(torch.lt(squared[used], radius, out=nearer[used]))
-    near_x, near_y = near.cpu().numpy()
+            torch.sum(squared[used].lt_(radius), dim=-1, out=counts[rows])  # in place, as masks are slower
+    near_x, near_y = near.long().cpu().numpy()
     return near_x, near_y
 
 
-def _factors_of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, d + 2] and [d + 2, N] whose product is the matrix of squared distances between samples x [N, d]."""
+def _factors_of_squares(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[N, d + 2] and [d + 2, width] whose product is the matrix of squared distances between samples x [N, d]; columns beyond
+    N are infinite."""
     norms = x.square().sum(-1, keepdim=True)
     ones = torch.ones_like(norms)
-    return torch.cat([-2 * x, ones, norms], dim=1), torch.cat([x, norms, ones], dim=1).T.contiguous()
+    right = torch.cat([x, norms, ones], dim=1).T
+    right = torch.nn.functional.pad(right, (0, width - len(x)))
+    right[-2, len(x) :] = torch.inf
+    return torch.cat([-2 * x, ones, norms], dim=1), right
 
 
-def _row_counts(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8).sum(-1, dtype=torch.int32)  # several times faster than summing booleans
+def _smallest(values: Tensor, rank: int) -> Tensor:
+    """The rank-th smallest [R, 1] of values [R, S, G] of each row: it is in one of the `rank` groups of least minima."""
+    groups = values.amin(1).topk(rank, largest=False, sorted=False).indices  # [R, rank]
+    candidates = values.gather(2, groups[:, None].expand(-1, values.shape[1], -1))  # [R, S, rank]
+    return candidates.flatten(1).topk(rank, largest=False).values[:, -1:]
 
 
 def _check_radius(squared: float, neighbours: int) -> None:

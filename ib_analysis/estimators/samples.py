@@ -50,17 +50,16 @@ def check_samples(x: Array, y: Array, documents: Array | None) -> Samples:
     """
     first, second = as_floats("x", x), as_floats("y", y)
     check_pairs(first, second)
-    samples = Samples(_rescaled(first), _rescaled(second.to(first.device)), check_documents(documents, first.shape[-2]))
-    _check_varies("x", samples.x)
-    _check_varies("y", samples.y)
-    return samples
+    numbers = check_documents(documents, first.shape[-2])
+    return Samples(_varying("x", first), _varying("y", second.to(first.device)), numbers)
 
 
 def as_floats(name: str, values: Array) -> Tensor:
     """Finite float64 [..., N, d] of floats. Raises EstimatorError otherwise."""
-    if not as_tensor(name, values).is_floating_point():
+    tensor = as_tensor(name, values)
+    if not tensor.is_floating_point():
         raise EstimatorError(f"{name} must hold floats: pass the values that codes stand for, or use CodeEntropy for codes")
-    return as_numbers(name, values)
+    return as_numbers(name, tensor)
 
 
 def as_numbers(name: str, values: Array) -> Tensor:
@@ -68,10 +67,11 @@ def as_numbers(name: str, values: Array) -> Tensor:
     tensor = as_tensor(name, values)
     if tensor.ndim < 2:
         raise EstimatorError(f"{name} must have shape [..., N, d], got {list(tensor.shape)}: pass scalars as {name}[:, None]")
-    if not torch.isfinite(tensor).all():
-        bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+    numbers = tensor.detach().to(torch.float64)
+    if numbers.numel() > 0 and not all(extreme.isfinite() for extreme in numbers.aminmax()):  # faster than looking at each
+        bad = (~torch.isfinite(numbers)).nonzero()[0].tolist()
         raise EstimatorError(f"{name} holds NaN or infinity, first at index {bad}")
-    return tensor.detach().to(torch.float64)
+    return numbers
 
 
 def as_tensor(name: str, values: Array) -> Tensor:
@@ -122,16 +122,18 @@ def standardized(values: Tensor) -> Tensor:
     return centred / centred.square().mean(-2, keepdim=True).sqrt()
 
 
-def _rescaled(values: Tensor) -> Tensor:
-    """Values [..., N, d], columns of extreme scale multiplied by a power of two: exact, and no information changes."""
-    exponent = torch.frexp(values.abs().amax(-2, keepdim=True)).exponent.double()
-    factor = (-exponent).clamp(max=LARGEST_EXPONENT).exp2()
-    return torch.where(exponent.abs() > EXTREME_EXPONENT, values * factor, values)
+def _varying(name: str, values: Tensor) -> Tensor:
+    """Values [..., N, d], columns of extreme scale multiplied by a power of two: exact, and no information changes.
 
-
-def _check_varies(name: str, values: Tensor) -> None:
-    constant = (values == values[..., :1, :]).all(-2)  # [..., d]
+    Raises EstimatorError if a column is constant.
+    """
+    lowest, highest = values.amin(-2, keepdim=True), values.amax(-2, keepdim=True)  # [..., 1, d]
+    constant = (lowest == highest)[..., 0, :]
     if constant.any():
         *head, column = constant.nonzero()[0].tolist()
         where = f" of head {head}" if head else ""
         raise EstimatorError(f"column {column}{where} of {name} is constant: drop it, it carries no information")
+    exponent = torch.frexp(highest.maximum(-lowest)).exponent.double()
+    extreme = exponent.abs() > EXTREME_EXPONENT
+    factor = (-exponent).clamp(max=LARGEST_EXPONENT).exp2()
+    return values * factor.where(extreme, 1) if extreme.any() else values

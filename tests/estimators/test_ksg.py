@@ -50,7 +50,7 @@ def plain_nats(x, y, neighbours):
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 10])
-@pytest.mark.parametrize(("dim_x", "dim_y"), [(1, 1), (1, 3), (5, 2)])
+@pytest.mark.parametrize(("dim_x", "dim_y"), [(1, 1), (1, 3), (3, 3), (5, 2)])
 def test_equals_its_definition(dim_x, dim_y, neighbours):
     x, y = sparse(5).sample(203, np.random.default_rng(dim_x))  # 203 rows do not fill the last block
     x, y = x[:, :dim_x], y[:, :dim_y]
