@@ -4,8 +4,8 @@
 
 Checks that the kernels are right, then measures part by part: bandwidth, attention, packing, decode. Every result is
 written to the CSV file when it is there, and what the file already has for this device is not measured again, so a run can
-be stopped and continued; what could not run is tried again. Each part stops after --seconds; another run goes on from there. --smoke runs all of it at tiny
-sizes under Triton's interpreter, without a GPU: its times mean nothing.
+be stopped and continued; what could not run is tried again. Each part stops after --seconds; another run goes on from
+there. --smoke runs all of it at tiny sizes under Triton's interpreter, without a GPU: its times mean nothing.
 
 Modules that import Triton are imported late, because it looks then whether it shall interpret.
 

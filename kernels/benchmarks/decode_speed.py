@@ -23,7 +23,6 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
 
 PINNED = Pinned(sinks=4, window=128, flush=64)
-WARM_UP_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Case:
     """A prompt of `context` random tokens, then `tokens` single ones, the first `warm_up` of which are not timed."""
 
     context: int
-    tokens: int = 40
+    tokens: int = 32
     warm_up: int = 8
     small: bool = False
 
@@ -44,25 +43,24 @@ SMOKE_CASES = [Case(300, tokens=4, warm_up=1, small=True)]
 
 
 def tasks(cases: list[Case]) -> Iterator[Task]:
-    for case in cases:
-        for attention in ("sdpa", "flash_attention_2"):
-            method = f"DynamicCache, {attention}"
-            yield Task("decode", str(case), method, partial(time_cache, case, partial(dynamic_cache, attention)))
-        yield Task("decode", str(case), "QuantizedCache, hqq 4 bits", partial(time_cache, case, hqq_cache))
-        for fmt, bits, share in product(("rotated", "kivi"), (4, 2), (1.0, 0.25)):
-            method = f"CompressedCache, {fmt} {bits} bits, {share:.0%} of the tokens"
-            yield Task("decode", str(case), method, partial(time_cache, case, partial(compressed_cache, fmt, bits, share)))
+    makers: dict[str, Callable[[PreTrainedModel], Cache]] = {
+        **{f"DynamicCache, {attention}": partial(dynamic_cache, attention) for attention in ("sdpa", "flash_attention_2")},
+        "QuantizedCache, hqq 4 bits": hqq_cache,
+    }
+    for fmt, bits, share in (("rotated", 4, 1.0), ("rotated", 2, 1.0), ("rotated", 4, 0.25), ("kivi", 2, 1.0)):
+        method = f"CompressedCache, {fmt} {bits} bits, {share:.0%} of the tokens"
+        makers[method] = partial(compressed_cache, fmt, bits, share)
+    for case, (method, make) in product(cases, makers.items()):
+        yield Task("decode", str(case), method, partial(time_cache, case, make))
 
 
 def time_cache(case: Case, make: Callable[[PreTrainedModel], Cache]) -> Measured:
     """Median time of a decode step, everything included; peak memory while decoding, weights included."""
     llm = model(case.small)
+    if not case.small:
+        compile_kernels(make)
     torch.manual_seed(0)
     prompt = torch.randint(0, llm.config.vocab_size, (1, case.context), device=device())
-    if not case.small:
-        short = make(llm)
-        for ids in (prompt[:, :WARM_UP_TOKENS], *prompt[:, : PINNED.flush + 1].split(1, dim=1)):  # compiles the kernels
-            step(llm, ids, short)
     held = make(llm)
     reset_peak()
     begin = time.perf_counter()
@@ -75,6 +73,16 @@ def time_cache(case: Case, make: Callable[[PreTrainedModel], Cache]) -> Measured
         token = step(llm, token, held)
         seconds.append(time.perf_counter() - begin)
     return Measured(1e3 * statistics.median(seconds[case.warm_up :]), cache_bytes(held), peak_bytes(), note)
+
+
+@cache
+def compile_kernels(make: Callable[[PreTrainedModel], Cache]) -> None:
+    """A short prompt, and as many tokens as it takes until some leave the window."""
+    llm = model(small=False)
+    held = make(llm)
+    step(llm, torch.zeros(1, 256, dtype=torch.int64, device=device()), held)
+    for _ in range(PINNED.flush + 1):
+        step(llm, torch.zeros(1, 1, dtype=torch.int64, device=device()), held)
 
 
 @torch.no_grad()

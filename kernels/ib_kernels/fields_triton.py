@@ -6,6 +6,7 @@ tiles are read in chunks of C = 32 columns. The high bit of a 3-bit code lies in
 """
 
 # ruff: noqa: RET505 - the compiler wants an else where a constant decides
+# mypy: disable-error-code=assignment
 
 from __future__ import annotations
 
