@@ -67,15 +67,9 @@ class Replays:
         kl_bits, accuracy = self.measure([null_plans(shape), (None,) * len(shape.layers)])
         return kl_bits[:, 0], accuracy[:, 1]
 
-    def measure(
-        self, tried: Sequence[PlansToTry], show: str = "", first: int = 0, stop: int | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar.
-
-        `first` and `stop` pick some of the episodes.
-        """
-        numbers = range(len(self))[first:stop]
-        rows = [self[i].measure(tried) for i in tqdm(numbers, desc=show, disable=not show, leave=False)]
+    def measure(self, tried: Sequence[PlansToTry], show: str = "") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar."""
+        rows = [replay.measure(tried) for replay in tqdm(self, desc=show, disable=not show, leave=False)]
         return (
             torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
             torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),
