@@ -125,7 +125,9 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
     if len(plans) == 1:
         return 0
     few = -(-len(replays) // PILOT)
-    losses = sum(_losses(replays, number, plans) for number in tqdm(range(few), desc=show, disable=not show, leave=False))
+    losses = np.zeros(len(plans))
+    for number in tqdm(range(few), desc=show, disable=not show, leave=False):
+        losses += _losses(replays, number, plans)
     leader = int(losses.argmin())
     rest = np.array([_losses(replays, number, [plans[leader]])[0] for number in range(few, len(replays))])
     losses[leader] += rest.sum()

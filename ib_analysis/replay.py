@@ -242,14 +242,17 @@ class Replay:
         keys, values = (self._of_heads(x, versions) for x in (context.keys, context.values))
         head = torch.tensor([h for h, _ in versions], device=keys.device)
         ranks = self.ranks[layer][head]  # [V, N]
-        key_runs, value_runs, kept_counts = _Runs(), _Runs(), []
+        key_runs, value_runs = _Runs(), _Runs()
+        kept_counts = [tokens] * len(versions)
         for v, (_, plan) in enumerate(versions):
-            begin = 0 if plan else tokens
-            for tier, count in zip(plan.tiers, plan.counts(tokens)) if plan else ():
+            if plan is None:
+                continue
+            begin = 0
+            for tier, count in zip(plan.tiers, plan.counts(tokens)):
                 key_runs.add((plan.format, tier.key_bits), (v, begin, begin + count))
                 value_runs.add((plan.format, tier.value_bits), (v, begin, begin + count))
                 begin += count
-            kept_counts.append(begin)
+            kept_counts[v] = begin
         key_runs.write(context.keys, head, ranks, keys, roundtrip_keys, self.dtype)
         value_runs.write(context.values, head, ranks, values, roundtrip_values, self.dtype)
         return keys, values, ranks < torch.tensor(kept_counts, device=keys.device)[:, None]
