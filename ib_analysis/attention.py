@@ -7,6 +7,8 @@ then asks it for the output. Everything else is computed as transformers' own SD
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +26,12 @@ NAME = "ib_analysis"
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """The cache as a keyword argument of `model(...)` and `model.generate(...)`: newer versions of transformers rename it."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+    return {_cache_name(type(model).forward): cache}
+
+
+@lru_cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class AnsweringLayer:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ib_analysis.episodes import Episode
 from ib_analysis.errors import BudgetError, CalibrationError
+from ib_analysis.knapsack import Solution
 from ib_analysis.options import head_options
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.pricing import gradient_prices
@@ -26,6 +27,7 @@ from ib_analysis.shape import CacheShape, cache_shape
 
 MOST_ROUNDS = 200
 SETTLED = 0.05
+ROUGH_GAP = 0.1  # of the solutions whose options are measured
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
 SAME = ("model", "shape", "pinned", "scorer", "settings", "options")  # of a profile that is used again
@@ -67,15 +69,9 @@ class Replays:
         kl_bits, accuracy = self.measure([null_plans(shape), (None,) * len(shape.layers)])
         return kl_bits[:, 0], accuracy[:, 1]
 
-    def measure(
-        self, tried: Sequence[PlansToTry], show: str = "", first: int = 0, stop: int | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar.
-
-        `first` and `stop` pick some of the episodes.
-        """
-        numbers = range(len(self))[first:stop]
-        rows = [self[i].measure(tried) for i in tqdm(numbers, desc=show, disable=not show, leave=False)]
+    def measure(self, tried: Sequence[PlansToTry], show: str = "") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar."""
+        rows = [replay.measure(tried) for replay in tqdm(self, desc=show, disable=not show, leave=False)]
         return (
             torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
             torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),
@@ -166,34 +162,50 @@ def verify(profile: Profile, replays: Replays, limits_bytes: Sequence[int], path
     """Lazy measurement: solve, measure the chosen options that are not measured yet, until that changes nothing.
 
     It ends at a limit when the best choice among measured options is within 5% of the best among all, whose unmeasured
-    prices are proposals, mostly too low. Returns the number of measurements.
-    Raises CalibrationError if this takes more than 200 rounds.
+    prices are proposals, mostly too low. Both are the solver's first answers: the next rounds revise them anyway.
+    Returns the number of measurements. Raises CalibrationError if this takes more than 200 rounds.
     """
-    count = 0
+    count, unsettled = 0, list(limits_bytes)
     with tqdm(desc="measuring options", leave=False) as progress:
         for _ in range(MOST_ROUNDS):
-            chosen = {pair for limit in limits_bytes for pair in _to_measure(profile, limit)}
-            if not chosen:
+            found = {limit: _to_measure(profile, limit) for limit in unsettled}
+            unsettled = [limit for limit in unsettled if found[limit]]
+            if not unsettled:
                 return count
-            measure_options(profile, replays, sorted(chosen))
-            count += len(chosen)
-            progress.update(len(chosen))
+            pairs = sorted(set().union(*found.values()))
+            measure_options(profile, replays, pairs)
+            count += len(pairs)
+            progress.update(len(pairs))
             if path is not None:
                 profile.save(path)
     raise CalibrationError(f"the chosen options did not settle in {MOST_ROUNDS} rounds: pass more prompts")
 
 
-def _to_measure(profile: Profile, limit_bytes: int) -> list[tuple[int, int]]:
-    """(head, option) of the best choice that are not measured yet; none if measuring them could gain no more than 5%."""
-    solution = profile.solve(limit_bytes)
-    pairs = [(head, int(option)) for head, option in enumerate(solution.choice) if not profile.measured[head, option]]
-    if not pairs or not profile.measured.any(1).all():
+def _to_measure(profile: Profile, limit_bytes: int) -> set[tuple[int, int]]:
+    """(head, option) to measure: those of the best choice, and those of the best one if they turn out to be useless.
+
+    Only what is not measured yet; nothing if measuring the best choice could gain no more than 5%.
+    """
+    solution = profile.solve(limit_bytes, gap=ROUGH_GAP)
+    pairs = _unmeasured(profile, solution)
+    if not pairs:
         return pairs
-    try:
-        verified = profile.solve(limit_bytes, profile.measured_bits)
-    except BudgetError:  # the measured options are too large
-        return pairs
-    return [] if verified.loss <= (1 + SETTLED) * solution.loss else pairs
+    if profile.measured.any(1).all():
+        try:
+            verified = profile.solve(limit_bytes, profile.measured_bits, gap=ROUGH_GAP)
+            if verified.loss <= (1 + SETTLED) * solution.loss:
+                return set()
+        except BudgetError:  # the measured options are too large
+            pass
+    useless = profile.loss_bits.copy()
+    for head, option in pairs:
+        useless[head, profile.unmeasured_below(head, option)] = profile.loss_bits.max()
+    return pairs | _unmeasured(profile, profile.solve(limit_bytes, useless, gap=ROUGH_GAP))
+
+
+def _unmeasured(profile: Profile, solution: Solution) -> set[tuple[int, int]]:
+    """(head, option) that the solution chooses and that are not measured."""
+    return {(head, option) for head, option in enumerate(solution.choice.tolist()) if not profile.measured[head, option]}
 
 
 def measure_options(profile: Profile, replays: Replays, pairs: Sequence[tuple[int, int]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from ib_analysis.calibration import Replays
 from ib_analysis.files import number_from_json
@@ -17,7 +18,7 @@ from ib_analysis.plan import Plans
 RESAMPLES = 2000
 LEVEL = 95  # percent
 ROUNDING = 1e-3  # losses of a plan depend that little on the plans that are measured with it
-FIRST_PARTS = (16, 8, 4, 2, 1)  # of the prompts, after which plans are dropped
+PILOT = 16  # of so many prompts, one finds the plan to beat
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,32 @@ def measure_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> l
 def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
     """Index of the plan with the least mean loss over all prompts.
 
-    A plan is dropped as soon as it has lost more on some prompts than another loses on all of them: no loss is negative, so
-    the answer is exact, yet most plans are measured on few prompts.
+    The plan that loses least on a few prompts is measured on all. The others meet the prompts on which it loses most first,
+    and are dropped as soon as they have lost more than it does on all prompts: no loss is negative, so the answer is exact,
+    yet most plans are measured on few prompts.
     """
     if len(plans) == 1:
         return 0
-    losses, alive, done = np.zeros(len(plans)), np.arange(len(plans)), 0
-    totals: dict[int, float] = {}  # of plans measured on all prompts
-    for stop in sorted({-(-len(replays) // part) for part in FIRST_PARTS}):
-        losses[alive] += replays.measure([plans[i] for i in alive.tolist()], show, done, stop)[0].sum(0)
-        leader = int(alive[losses[alive].argmin()])
-        if leader not in totals and stop < len(replays):
-            totals[leader] = losses[leader] + replays.measure([plans[leader]], first=stop)[0].sum()
-        least = min(totals.values(), default=np.inf) * (1 + ROUNDING)
-        alive, done = alive[losses[alive] <= least], stop
-    return int(alive[losses[alive].argmin()])
+    few = -(-len(replays) // PILOT)
+    losses = np.zeros(len(plans))
+    for number in tqdm(range(few), desc=show, disable=not show, leave=False):
+        losses += _losses(replays, number, plans)
+    leader = int(losses.argmin())
+    rest = np.array([_losses(replays, number, [plans[leader]])[0] for number in range(few, len(replays))])
+    losses[leader] += rest.sum()
+    alive = np.arange(len(plans))
+    for number in tqdm(few + np.argsort(-rest, kind="stable"), desc=show, disable=not show, leave=False):
+        alive = alive[(losses[alive] <= losses[leader] * (1 + ROUNDING)) & (alive != leader)]
+        if len(alive) == 0:
+            return leader
+        losses[alive] += _losses(replays, int(number), [plans[i] for i in alive.tolist()])
+    return min(leader, *alive.tolist(), key=lambda plan: float(losses[plan]))
+
+
+def _losses(replays: Replays, number: int, plans: Sequence[Plans]) -> NDArray[np.float64]:
+    """Loss of each plan on one prompt."""
+    losses: NDArray[np.float64] = replays[number].measure(plans)[0].cpu().numpy()
+    return losses
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:

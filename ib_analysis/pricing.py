@@ -8,7 +8,7 @@ E[(g . d)^2] / 2, because the Fisher information is the mean square of the score
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class _Parts:
         self.ranked = scores[:, self.first : self.first + self.tokens].argsort(dim=1, descending=True, stable=True)
         self.exact = self._exact(heads, answered)
         self._weights: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
-        self._values: dict[tuple[str, int, int, int], Tensor] = {}
+        self._values: dict[tuple[str, int], Tensor] = {}
         self._rows: dict[tuple[int, int], Tensor] = {}
 
     def _exact(self, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer]) -> tuple[Tensor, Tensor]:
@@ -133,17 +133,13 @@ class _Parts:
             self._rows[begin, count] = taken[..., None].expand(-1, -1, self.keys.shape[-1])
         return self._rows[begin, count]
 
-    def _roundtrip(self, roundtrip: Callable[..., Tensor], fmt: str, x: Tensor, begin: int, count: int, bits: int) -> Tensor:
-        """Rows [U, n, D] of x [U, N, D] after compression."""
-        rows = x.gather(1, self._taken(begin, count))
-        lengths = torch.full((len(x),), count, device=x.device)
-        return roundtrip(fmt, rows.flatten(0, 1), lengths, bits, self.dtype).view(rows.shape)
-
     def _attention(self, fmt: str, begin: int, count: int, bits: int) -> tuple[Tensor, Tensor]:
         """Weights [U, G * M, n] that sum to one, and log-sum-exp [U, G * M]."""
         key = (fmt, begin, count, bits)
         if key not in self._weights:
-            keys = self._roundtrip(roundtrip_keys, fmt, self.keys, begin, count, bits)
+            taken = self.keys.gather(1, self._taken(begin, count))
+            lengths = torch.full((len(taken),), count, device=taken.device)
+            keys = roundtrip_keys(fmt, taken.flatten(0, 1), lengths, bits, self.dtype).view(taken.shape)
             logits = self.query.float() @ keys.transpose(1, 2) * self.scaling
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -151,10 +147,13 @@ class _Parts:
         return self._weights[key]
 
     def _dequantized_values(self, fmt: str, begin: int, count: int, bits: int) -> Tensor:
-        key = (fmt, begin, count, bits)
+        """Values [U, n, D]. Every format quantizes them token by token, so all tokens are done once, whichever are taken."""
+        key = (fmt, bits)
         if key not in self._values:
-            self._values[key] = self._roundtrip(roundtrip_values, fmt, self.values, begin, count, bits)
-        return self._values[key]
+            lengths = torch.tensor([len(self.values) * self.values.shape[1]], device=self.values.device)
+            whole = roundtrip_values(fmt, self.values.flatten(0, 1), lengths, bits, self.dtype)
+            self._values[key] = whole.view(self.values.shape)
+        return self._values[key].gather(1, self._taken(begin, count))
 
 
 @torch.no_grad()

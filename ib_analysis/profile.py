@@ -53,13 +53,14 @@ class Profile:
             [_options_nbytes(self.options, tokens, self.shape.layers[layer].head_dim) for layer, _ in self.shape.heads]
         )
 
-    def solve(self, limit_bytes: int, losses: NDArray[np.float64] | None = None) -> Solution:
+    def solve(self, limit_bytes: int, losses: NDArray[np.float64] | None = None, gap: float = 1e-4) -> Solution:
         """The options of least total price within `limit_bytes` for all compressible layers, pinned tokens included.
 
-        `losses` [U, O], in any unit, stand in for the prices.
+        `losses` [U, O], in any unit, stand in for the prices; the least total is found up to the relative `gap`.
         """
         pinned_bytes = sum(self.pinned.nbytes(self.context_length, self.shape.layers[i]) for i in self.shape.compressible)
-        return solve(list(self.loss_bits if losses is None else losses), list(self.nbytes()), limit_bytes - pinned_bytes)
+        prices = self.loss_bits if losses is None else losses
+        return solve(list(prices), list(self.nbytes()), limit_bytes - pinned_bytes, gap=gap)
 
     @property
     def measured_bits(self) -> NDArray[np.float64]:
@@ -77,9 +78,13 @@ class Profile:
         """Enters a measured price, and lifts the unmeasured prices of options that keep less of that head to it."""
         self.loss_bits[head, option], self.error_bits[head, option] = loss_bits, error_bits
         self.measured[head, option] = True
-        for other, plan in enumerate(self.options):
-            if not self.measured[head, other] and dominates(self.options[option], plan):
-                self.loss_bits[head, other] = max(self.loss_bits[head, other], loss_bits)
+        lifted = self.unmeasured_below(head, option)
+        self.loss_bits[head, lifted] = np.maximum(self.loss_bits[head, lifted], loss_bits)
+
+    def unmeasured_below(self, head: int, option: int) -> NDArray[np.bool_]:
+        """Which options of a head [O] are not measured and keep no more than this one; they lose no less than it does."""
+        below = [dominates(self.options[option], plan) for plan in self.options]
+        return ~self.measured[head] & np.array(below)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with a JSON header."""

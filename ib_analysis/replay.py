@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -73,8 +75,18 @@ class ContextLayer(CacheLayerMixin, AnsweringLayer):
         return -1
 
 
+@dataclass(frozen=True, eq=False)
+class ContextPart:
+    """Versions of heads' contexts, W of them, each of which n (plan, head) pairs share."""
+
+    keys: Tensor  # [W, N, D]
+    values: Tensor  # [W, N, D]
+    kept: Tensor  # bool [W, N], the tokens that are visible
+    pairs: Tensor  # int64 [W, n], plan * H_kv + head
+
+
 class ReplayLayer(CacheLayerMixin, AnsweringLayer):
-    """Answers from a context's keys and values [A, H_kv, N, D], of which kept [A, H_kv, N] are visible, and the follow-up's own.
+    """Answers from the parts of a context, which together serve every plan and head, and from the follow-up's own keys.
 
     `probe` [1, H, M, D], if given, is added to the output: its gradient is that of the heads' output. After the follow-up
     the layer has its `query`, `new_keys`, `new_values`, `output`, and how it was computed.
@@ -82,9 +94,9 @@ class ReplayLayer(CacheLayerMixin, AnsweringLayer):
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor, length: int, probe: Tensor | None = None) -> None:
+    def __init__(self, parts: list[ContextPart], length: int, probe: Tensor | None = None) -> None:
         super().__init__()
-        self.keys, self.values, self.kept, self.length, self.probe = keys, values, kept, length, probe
+        self.parts, self.length, self.probe = parts, length, probe
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
@@ -106,18 +118,17 @@ class ReplayLayer(CacheLayerMixin, AnsweringLayer):
         return self.output if self.probe is None else self.output + self.probe
 
     def _attend_context(self, query: Tensor, scaling: float, extras: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Attention to the context, as `grouped_attention`. Plans that share a context are rows of one product."""
-        batch, _, _, head_dim = query.shape
-        kv_heads = self.keys.shape[1]
-        rows = query.reshape(batch, kv_heads, -1, head_dim)  # [A, H_kv, G * M, D]
-        shared = len(self.keys) == 1
-        runs = rows.transpose(0, 1).reshape(kv_heads, -1, head_dim) if shared else rows.flatten(0, 1)
-        keys, values, visible = self.keys.flatten(0, 1), self.values.flatten(0, 1), self.kept.flatten(0, 1)[:, None]
-        out, lse = partial_attention(runs, keys, values, visible, scaling, extras.get("softcap"))
-        if not shared:
-            return out, lse
-        out, lse = out.unflatten(1, (batch, -1)), lse.unflatten(1, (batch, -1))  # [H_kv, A, G * M, ...]
-        return out.transpose(0, 1).flatten(0, 1), lse.transpose(0, 1).flatten(0, 1)
+        """Attention to the context, as `grouped_attention`. Pairs that share a context are rows of one product."""
+        kv_heads, head_dim = self.new_keys.shape[1], query.shape[-1]
+        rows = query.reshape(len(query) * kv_heads, -1, head_dim)  # [P, G * M, D]
+        outs, lses = [], []
+        for part in self.parts:
+            runs = rows[part.pairs].flatten(1, 2)  # [W, n * G * M, D]
+            out, lse = partial_attention(runs, part.keys, part.values, part.kept[:, None], scaling, extras.get("softcap"))
+            outs.append(out.reshape(-1, *rows.shape[1:]))
+            lses.append(lse.reshape(-1, rows.shape[1]))
+        order = torch.cat([part.pairs.flatten() for part in self.parts]).argsort()
+        return torch.cat(outs)[order], torch.cat(lses)[order]
 
     def get_seq_length(self) -> int:
         return self.length
@@ -147,6 +158,7 @@ class Replay:
             layer = self.context(i)
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {episode.task} prompt")
+        self.ranks = {i: self._ranks(i) for i in shape.compressible}
         full = self._logits([[None] * len(shape.layers)])[0, episode.predicting]
         self.full_log_probs = full.log_softmax(-1)  # [Y, V], nats
 
@@ -154,6 +166,15 @@ class Replay:
         found = self.layers[layer]
         assert isinstance(found, ContextLayer)
         return found
+
+    def _ranks(self, layer: int) -> Tensor:
+        """Place of every token in the scorer's order, from 0; -1 for pinned ones: int64 [H_kv, N]."""
+        scores = self.context(layer).scores
+        first, tokens = min(self.pinned.sinks, self.length), self.pinned.compressible(self.length)
+        order = scores[:, first : first + tokens].argsort(dim=1, descending=True, stable=True)
+        ranks = torch.full(scores.shape, -1, device=scores.device)
+        ranks[:, first : first + tokens] = order.argsort(dim=1)
+        return ranks
 
     @property
     def nbytes(self) -> int:
@@ -194,57 +215,74 @@ class Replay:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layers.append(_repeated(layer, len(tried)))
             else:
-                keys, values, kept = self._apply(i, [plans[i] for plans in tried])
-                layers.append(ReplayLayer(keys, values, kept, self.length, None if probes is None else probes[i]))
+                parts = self._parts(i, [plans[i] for plans in tried])
+                layers.append(ReplayLayer(parts, self.length, None if probes is None else probes[i]))
         return layers
 
-    def _apply(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values [A, H_kv, N, D] and kept [A, H_kv, N] of one layer; [1, ...] if no plan touches it."""
-        context = self.context(layer)
-        heads, length = context.keys.shape[:2]
-        everything = torch.ones(heads, length, dtype=torch.bool, device=context.keys.device)
-        if all(row is None for row in rows):
-            return context.keys[None], context.values[None], everything[None]
-        keys, values = (x.float().repeat(len(rows), 1, 1, 1) for x in (context.keys, context.values))  # as caches dequantize
-        kept = everything.repeat(len(rows), 1, 1)
-        plans = [row or (None,) * heads for row in rows]
-        touched = torch.tensor([[plan is not None for plan in row] for row in plans], device=keys.device)
-        keys[touched], values[touched] = keys[touched].to(self.dtype).float(), values[touched].to(self.dtype).float()
-        first, tokens = min(self.pinned.sinks, self.length), self.pinned.compressible(self.length)
-        kept[..., first : first + tokens] &= ~touched[..., None]
-        ranked = first + context.scores[:, first : first + tokens].argsort(dim=1, descending=True, stable=True)
+    def _parts(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> list[ContextPart]:
+        """One layer's context under each of the plans. What several plans give a head is compressed once."""
+        heads = len(self.ranks[layer])
+        pairs: dict[tuple[int, HeadPlan | None], list[int]] = {}
+        for a, row in enumerate(rows):
+            for h, plan in enumerate(row or (None,) * heads):
+                pairs.setdefault((h, plan), []).append(a * heads + h)
+        versions = sorted(pairs, key=lambda version: len(pairs[version]))
+        keys, values, kept = self._compressed(layer, versions)
+        parts, begin = [], 0
+        for _, alike in groupby(versions, key=lambda version: len(pairs[version])):
+            users = torch.tensor([pairs[version] for version in alike], device=keys.device)  # [W, n]
+            end = begin + len(users)
+            parts.append(ContextPart(keys[begin:end], values[begin:end], kept[begin:end], users))
+            begin = end
+        return parts
+
+    def _compressed(self, layer: int, versions: Sequence[tuple[int, HeadPlan | None]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [V, N, D] and kept [V, N] of heads of one layer under their plans."""
+        context, tokens = self.context(layer), self.pinned.compressible(self.length)
+        keys, values = (self._of_heads(x, versions) for x in (context.keys, context.values))
+        head = torch.tensor([h for h, _ in versions], device=keys.device)
+        ranks = self.ranks[layer][head]  # [V, N]
         key_runs, value_runs = _Runs(), _Runs()
-        for (a, h), plan in ((place, plans[place[0]][place[1]]) for place in touched.nonzero().tolist()):
+        kept_counts = [tokens] * len(versions)
+        for v, (_, plan) in enumerate(versions):
+            if plan is None:
+                continue
             begin = 0
             for tier, count in zip(plan.tiers, plan.counts(tokens)):
-                taken = ranked[h, begin : begin + count].sort().values  # in order of position, as they are packed
-                kept[a, h, taken] = True
-                source, target = h * length + taken, (a * heads + h) * length + taken
-                key_runs.add((plan.format, tier.key_bits), source, target)
-                value_runs.add((plan.format, tier.value_bits), source, target)
+                key_runs.add((plan.format, tier.key_bits), (v, begin, begin + count))
+                value_runs.add((plan.format, tier.value_bits), (v, begin, begin + count))
                 begin += count
-        key_runs.write(context.keys, keys, roundtrip_keys, self.dtype)
-        value_runs.write(context.values, values, roundtrip_values, self.dtype)
-        return keys, values, kept
+            kept_counts[v] = begin
+        key_runs.write(context.keys, head, ranks, keys, roundtrip_keys, self.dtype)
+        value_runs.write(context.values, head, ranks, values, roundtrip_values, self.dtype)
+        return keys, values, ranks < torch.tensor(kept_counts, device=keys.device)[:, None]
+
+    def _of_heads(self, x: Tensor, versions: Sequence[tuple[int, HeadPlan | None]]) -> Tensor:
+        """x [H_kv, N, D] of each version's head: fp32 [V, N, D], as a cache stores it if the head has a plan."""
+        exact, stored = x.float(), x.to(self.dtype).float()
+        return torch.stack([exact[h] if plan is None else stored[h] for h, plan in versions])
 
 
 class _Runs:
     """Runs of tokens to be compressed, those of one format and precision together: few large operations, not many small."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        self.found: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
-    def add(self, stored: tuple[str, int], source: Tensor, target: Tensor) -> None:
-        """A run of rows `source` of the context, to be written to rows `target`."""
-        self.found.setdefault(stored, []).append((source, target))
+    def add(self, stored: tuple[str, int], run: tuple[int, int, int]) -> None:
+        """A run (version, begin, end): the tokens that the version ranks from `begin` to before `end`."""
+        self.found.setdefault(stored, []).append(run)
 
-    def write(self, context: Tensor, out: Tensor, roundtrip: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        """Context [H_kv, N, D], after compression, into out [A, H_kv, N, D]."""
+    def write(
+        self, context: Tensor, head: Tensor, ranks: Tensor, out: Tensor, roundtrip: Callable[..., Tensor], dtype: torch.dtype
+    ) -> None:
+        """Context [H_kv, N, D], after compression, into out [V, N, D], version v from head[v] with tokens ranked ranks[v]."""
         for (fmt, bits), runs in self.found.items():
-            sources, targets = zip(*runs)
-            lengths = torch.tensor([len(source) for source in sources], device=context.device)
-            rows = context.flatten(0, 1)[torch.cat(sources)]
-            out.view(-1, out.shape[-1])[torch.cat(targets)] = roundtrip(fmt, rows, lengths, bits, dtype)
+            version, begin, end = torch.tensor(runs, device=out.device).T
+            ranked = ranks[version]  # [runs, N]
+            run, token = ((ranked >= begin[:, None]) & (ranked < end[:, None])).nonzero(as_tuple=True)  # in order of position
+            version = version[run]
+            out[version, token] = roundtrip(fmt, context[head[version], token], end - begin, bits, dtype)
 
 
 def _repeated(layer: DynamicSlidingWindowLayer, batch: int) -> DynamicSlidingWindowLayer:

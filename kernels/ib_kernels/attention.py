@@ -24,12 +24,12 @@ def partial_attention(
     Raises ValueError if the shapes do not fit or the mask is not boolean.
     """
     _check(query, keys, values, mask)
-    logits = query.float() @ keys.float().transpose(1, 2) * scaling  # [P, R, T]
+    logits = (query.float() @ keys.float().transpose(1, 2)).mul_(scaling)  # [P, R, T]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~mask, -torch.inf)
+    logits = logits.masked_fill_(~mask, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)  # [P, R]
-    weights = torch.exp(logits - _finite(lse)[..., None])
+    weights = (logits - _finite(lse)[..., None]).exp_()
     return weights @ values.float(), lse
 
 

@@ -261,6 +261,15 @@ def test_bytes_refuse_what_is_no_count(tokens):
         tokens_nbytes("kivi", tokens, 64, 4, 4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+def test_values_do_not_depend_on_their_neighbours(name, bits):
+    _, values = keys_and_values(70, 40)
+    together = roundtrip_values(name, values, torch.tensor([70]), bits)
+    some = torch.tensor([0, 3, 4, 31, 32, 69])
+    assert torch.equal(roundtrip_values(name, values[some], torch.tensor([2, 4]), bits), together[some])
+
+
 def test_round_trip_refuses_integers_and_vectors():
     with pytest.raises(ValueError, match="expected floats"):
         roundtrip_keys("kivi", torch.zeros(4, 8, dtype=torch.int32), torch.tensor([4]), 4)
