@@ -100,6 +100,6 @@ def divide(x, divisor, FUSED: tl.constexpr):
     if FUSED:
         inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), x.shape)
         quotient = x * inverse
-        return tl.fma(tl.fma(-quotient, tl.broadcast_to(divisor, x.shape), x), inverse, quotient)
+        return tl.fma(tl.fma(quotient, tl.broadcast_to(-divisor, x.shape), x), inverse, quotient)
     else:
         return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
