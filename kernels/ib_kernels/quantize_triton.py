@@ -83,9 +83,18 @@ def addresses(x, rows, at, heads, length, batch_stride, head_stride, token_strid
 
 
 @triton.jit
+def widened(x):
+    """x in fp32. A bf16 number is the upper half of its float."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def in_range(x):
     """x in fp32, within the fp16 range; NaN stays NaN."""
-    x = tl.maximum(x.to(tl.float32), -FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(widened(x), -FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -37,7 +37,7 @@ def pack(x: Tensor, rows: Tensor, tokens: Tensor, bits: int, centre: Tensor | No
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
     if tokens.shape[0]:
-        tensors = (words, scale, scale if centre is None else centre)
+        tensors = (words, scale, scale if centre is None else centre.float())  # converted here once, not by every program
         selected, launch = pack_constants(head_dim, bits, centre is not None), options(head_dim, x.dtype)
         pack_kernel[(tokens.shape[0],)](x, rows, tokens, *tensors, *source(x), **selected, **launch)
     return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
@@ -104,7 +104,7 @@ def pack_kernel(
     pieces,
     words,
     scale,
-    centre,
+    shifts,
     heads,
     length,
     batch_stride,
@@ -131,7 +131,7 @@ def pack_kernel(
     for k in tl.static_range(D // C):
         tile = in_range(tl.load(token[:, None] + k * C + c))  # [N, C]
         if CENTRED:
-            tile -= tl.load(centre + run * D + k * C + c).to(tl.float32)
+            tile -= tl.load(shifts + run * D + k * C + c)
         tiles = tiles + (tile,)
     tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
     step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / D)  # [N]
