@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
 from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
-from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source
+from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source, widened
 from torch import Tensor
 
 WARPS = 2
@@ -97,8 +97,9 @@ def pack_keys_kernel(
         at = tl.minimum(tl.arange(0, 32), tokens - 1)  # a short group repeats its last token, which leaves the range as it is
         live = tl.arange(0, 32) < tokens
         token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
-        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
-        base, step = span(least(tile, 0, FUSED), most(tile, 0, FUSED), BITS)  # [DP]
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)  # [32, DP]
+        tile = widened(tile)
+        base, step = span(least(tile, 0, FUSED), most(tile, 0, FUSED), BITS, FUSED)  # [DP]
         codes = codes_of(tile, base[None, :], step[None, :], BITS, FUSED)
         store_words(words, codes, first, live, planes, D, DP, BITS)
         tl.store(scale + group * D + d, step, mask=d < D)
@@ -134,7 +135,8 @@ def pack_values_kernel(
         at = tl.minimum(tl.arange(0, 32), tokens - 1)
         live = tl.arange(0, 32) < tokens
         token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
-        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)  # [32, DP]
+        tile = widened(tile)
         GP: tl.constexpr = (DP + 31) // 32
         SIZE: tl.constexpr = DP // GP  # 32 channels, or 16 if there are no more
         grouped = tl.reshape(tile, [32, GP, SIZE])
@@ -143,7 +145,7 @@ def pack_values_kernel(
             inside = tl.reshape(tl.arange(0, DP), [GP, SIZE])[None, :, :] < D
             low = tl.where(inside, grouped, float("inf"))
             high = tl.where(inside, grouped, -float("inf"))
-        base, step = span(least(low, 2, FUSED), most(high, 2, FUSED), BITS)  # [32, GP]
+        base, step = span(least(low, 2, FUSED), most(high, 2, FUSED), BITS, FUSED)  # [32, GP]
         codes = codes_of(grouped, base[:, :, None], step[:, :, None], BITS, FUSED)
         store_words(words, tl.reshape(codes, [32, DP]), first, live, planes, D, DP, BITS)
         COLUMNS: tl.constexpr = (D + 31) // 32
@@ -154,12 +156,12 @@ def pack_values_kernel(
 
 
 @triton.jit
-def span(low, high, BITS: tl.constexpr):
+def span(low, high, BITS: tl.constexpr, FUSED: tl.constexpr):
     """fp16 minimum and scale of groups that span [low, high] (see `kivi`)."""
     low = in_range(low)
     minimum = low.to(tl.float16)
     floor = tl.maximum(tl.abs(minimum.to(tl.float32)) * 2.0**-10, 2.0 ** (BITS - 23))
-    step = tl.div_rn(in_range(high) - minimum.to(tl.float32), tl.full(high.shape, 2.0**BITS - 1.0, tl.float32))
+    step = divide(in_range(high) - minimum.to(tl.float32), tl.full([1] * len(high.shape), 2.0**BITS - 1.0, tl.float32), FUSED)
     return minimum, tl.maximum(step, floor, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
