@@ -195,12 +195,16 @@ def larger(a, b):
 
 @triton.jit
 def codes_of(x, minimum, scale, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """Codes fp32 of x. The quotient of an infinite x would be NaN, whose code is 0."""
+    """Codes of x, int16, with 0x6400 added: the bits of the fp16 number 1024 + code.
+
+    The quotient of an infinite x would be NaN, whose code is 0.
+    """
     steps = divide(tl.minimum(x, 1e30) - minimum.to(tl.float32), scale.to(tl.float32), FUSED)
     if not FUSED:  # the maximum of NaN and 0 is 0 on a GPU, NaN in the interpreter
         steps = tl.where(steps == steps, steps, 0.0)
     steps = tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1.0)
-    return (steps + 12582912.0) - 12582912.0  # rounds half to even, as torch does
+    # The low bits of a sum with 1.5 * 2**23 and an even integer are the sum with that integer, rounded half to even.
+    return (steps + (12582912.0 + 0x6400)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit
@@ -224,10 +228,10 @@ def plane_powers(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_words(words, codes, first, live, planes, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Pack codes fp32 [32, DP] and store them in the rows from `first` on."""
+    """Pack codes [32, DP] (see `codes_of`) and store them in the rows from `first` on."""
     if BITS == 3:
-        high = tl.floor(codes * 0.25)
-        store_plane(words, codes - 4.0 * high, first, live, planes[0], D * 2 // 16, 0, D * 3 // 16)
+        low, high = codes & 3 | 0x6400, codes >> 2 & 1 | 0x6400
+        store_plane(words, low, first, live, planes[0], D * 2 // 16, 0, D * 3 // 16)
         store_plane(words, high, first, live, planes[1], D // 16, D * 2 // 16, D * 3 // 16)
     else:
         store_plane(words, codes, first, live, planes[0], D * BITS // 16, 0, D * BITS // 16)
@@ -235,7 +239,7 @@ def store_words(words, codes, first, live, planes, D: tl.constexpr, DP: tl.const
 
 @triton.jit
 def store_plane(words, codes, first, live, plane, STRIPE: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
-    packed = tl.dot(codes.to(tl.float16), plane)  # [32, words]
+    packed = tl.dot(codes.to(tl.float16, bitcast=True) - 1024.0, plane)  # [32, words]
     word = tl.arange(0, plane.shape[1])[None, :]
     at = (first + tl.arange(0, 32))[:, None] * WIDTH + BEGIN + word
     tl.store(words + at, packed.to(tl.int32).to(tl.int16), mask=live[:, None] & (word < STRIPE))
