@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
 from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
-from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source
+from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source, widened
 from torch import Tensor
 
 WARPS = 2
@@ -97,8 +97,9 @@ def pack_keys_kernel(
         at = tl.minimum(tl.arange(0, 32), tokens - 1)  # a short group repeats its last token, which leaves the range as it is
         live = tl.arange(0, 32) < tokens
         token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
-        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
-        base, step = span(least(tile, 0, FUSED), most(tile, 0, FUSED), BITS)  # [DP]
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)  # [32, DP]
+        tile = widened(tile)
+        base, step = span(least(tile, 0, FUSED), most(tile, 0, FUSED), BITS, FUSED)  # [DP]
         codes = codes_of(tile, base[None, :], step[None, :], BITS, FUSED)
         store_words(words, codes, first, live, planes, D, DP, BITS)
         tl.store(scale + group * D + d, step, mask=d < D)
@@ -134,7 +135,8 @@ def pack_values_kernel(
         at = tl.minimum(tl.arange(0, 32), tokens - 1)
         live = tl.arange(0, 32) < tokens
         token = addresses(x, rows + first, at, heads, length, batch_stride, head_stride, token_stride)
-        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0).to(tl.float32)  # [32, DP]
+        tile = tl.load(token[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)  # [32, DP]
+        tile = widened(tile)
         GP: tl.constexpr = (DP + 31) // 32
         SIZE: tl.constexpr = DP // GP  # 32 channels, or 16 if there are no more
         grouped = tl.reshape(tile, [32, GP, SIZE])
@@ -143,7 +145,7 @@ def pack_values_kernel(
             inside = tl.reshape(tl.arange(0, DP), [GP, SIZE])[None, :, :] < D
             low = tl.where(inside, grouped, float("inf"))
             high = tl.where(inside, grouped, -float("inf"))
-        base, step = span(least(low, 2, FUSED), most(high, 2, FUSED), BITS)  # [32, GP]
+        base, step = span(least(low, 2, FUSED), most(high, 2, FUSED), BITS, FUSED)  # [32, GP]
         codes = codes_of(grouped, base[:, :, None], step[:, :, None], BITS, FUSED)
         store_words(words, tl.reshape(codes, [32, DP]), first, live, planes, D, DP, BITS)
         COLUMNS: tl.constexpr = (D + 31) // 32
@@ -154,12 +156,12 @@ def pack_values_kernel(
 
 
 @triton.jit
-def span(low, high, BITS: tl.constexpr):
+def span(low, high, BITS: tl.constexpr, FUSED: tl.constexpr):
     """fp16 minimum and scale of groups that span [low, high] (see `kivi`)."""
     low = in_range(low)
     minimum = low.to(tl.float16)
     floor = tl.maximum(tl.abs(minimum.to(tl.float32)) * 2.0**-10, 2.0 ** (BITS - 23))
-    step = tl.div_rn(in_range(high) - minimum.to(tl.float32), tl.full(high.shape, 2.0**BITS - 1.0, tl.float32))
+    step = divide(in_range(high) - minimum.to(tl.float32), tl.full([1] * len(high.shape), 2.0**BITS - 1.0, tl.float32), FUSED)
     return minimum, tl.maximum(step, floor, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
@@ -193,12 +195,16 @@ def larger(a, b):
 
 @triton.jit
 def codes_of(x, minimum, scale, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """Codes fp32 of x. The quotient of an infinite x would be NaN, whose code is 0."""
+    """Codes of x, int16, with 0x6400 added: the bits of the fp16 number 1024 + code.
+
+    The quotient of an infinite x would be NaN, whose code is 0.
+    """
     steps = divide(tl.minimum(x, 1e30) - minimum.to(tl.float32), scale.to(tl.float32), FUSED)
     if not FUSED:  # the maximum of NaN and 0 is 0 on a GPU, NaN in the interpreter
         steps = tl.where(steps == steps, steps, 0.0)
     steps = tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1.0)
-    return (steps + 12582912.0) - 12582912.0  # rounds half to even, as torch does
+    # The low bits of a sum with 1.5 * 2**23 and an even integer are the sum with that integer, rounded half to even.
+    return (steps + (12582912.0 + 0x6400)).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit
@@ -222,10 +228,10 @@ def plane_powers(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def store_words(words, codes, first, live, planes, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Pack codes fp32 [32, DP] and store them in the rows from `first` on."""
+    """Pack codes [32, DP] (see `codes_of`) and store them in the rows from `first` on."""
     if BITS == 3:
-        high = tl.floor(codes * 0.25)
-        store_plane(words, codes - 4.0 * high, first, live, planes[0], D * 2 // 16, 0, D * 3 // 16)
+        low, high = codes & 3 | 0x6400, codes >> 2 & 1 | 0x6400
+        store_plane(words, low, first, live, planes[0], D * 2 // 16, 0, D * 3 // 16)
         store_plane(words, high, first, live, planes[1], D // 16, D * 2 // 16, D * 3 // 16)
     else:
         store_plane(words, codes, first, live, planes[0], D * BITS // 16, 0, D * BITS // 16)
@@ -233,7 +239,7 @@ def store_words(words, codes, first, live, planes, D: tl.constexpr, DP: tl.const
 
 @triton.jit
 def store_plane(words, codes, first, live, plane, STRIPE: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
-    packed = tl.dot(codes.to(tl.float16), plane)  # [32, words]
+    packed = tl.dot(codes.to(tl.float16, bitcast=True) - 1024.0, plane)  # [32, words]
     word = tl.arange(0, plane.shape[1])[None, :]
     at = (first + tl.arange(0, 32))[:, None] * WIDTH + BEGIN + word
     tl.store(words + at, packed.to(tl.int32).to(tl.int16), mask=live[:, None] & (word < STRIPE))

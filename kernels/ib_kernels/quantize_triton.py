@@ -83,9 +83,18 @@ def addresses(x, rows, at, heads, length, batch_stride, head_stride, token_strid
 
 
 @triton.jit
+def widened(x):
+    """x in fp32. A bf16 number is the upper half of its float."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def in_range(x):
     """x in fp32, within the fp16 range; NaN stays NaN."""
-    x = tl.maximum(x.to(tl.float32), -FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(widened(x), -FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -93,13 +102,22 @@ def in_range(x):
 def divide(x, divisor, FUSED: tl.constexpr):
     """x [...] / divisor [..., 1 allowed], rounded to the nearest float.
 
-    One division per divisor, not per element: the product with its reciprocal, corrected by the remainder, which a fused
+    One reciprocal per divisor, and for each element its product with it, corrected by the remainder, which a fused
     multiply-add gives exactly (Markstein 1990). The result is the correctly rounded quotient if the divisor has eleven bits,
     as an fp16 scale has, and for sqrt(2) in fp32, for which all mantissas were tried.
     """
     if FUSED:
-        inverse = tl.broadcast_to(tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor), x.shape)
+        inverse = tl.broadcast_to(reciprocal(divisor), x.shape)
         quotient = x * inverse
-        return tl.fma(tl.fma(-quotient, tl.broadcast_to(divisor, x.shape), x), inverse, quotient)
+        return tl.fma(tl.fma(quotient, tl.broadcast_to(-divisor, x.shape), x), inverse, quotient)
     else:
         return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, rounded to the nearest float for the divisors of `divide`: from all floats that are up to four from it, and the
+    approximation is up to two, one step of Newton's leads there.
+    """
+    guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.fma(guess, tl.fma(-x, guess, 1.0), guess)

@@ -92,11 +92,20 @@ def rotate(x: Tensor) -> Tensor:
 
 def _quantize_rotated(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, D] and scale fp16 [N, 1], the Gaussian-optimal step for the root mean square of the token."""
-    mean_square = rotated.square().sum(1, keepdim=True, dtype=torch.float64) / rotated.shape[1]
+    mean_square = _sum_of_squares(rotated) / rotated.shape[1]
     scale = (GAUSSIAN_STEP[bits] * mean_square.sqrt()).clamp(max=FP16_MAX).to(torch.float16)
     steps = rotated / scale.float().clamp(min=2.0**-24)  # a scale of 0 stands for a row of 0, whatever its codes
     codes = steps.floor_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale
+
+
+def _sum_of_squares(rotated: Tensor) -> Tensor:
+    """fp64 [N, 1]. Every eighth square is added in float32, in one order on all machines, and these sums in float64."""
+    squares = torch.nn.functional.pad(rotated.square(), (0, -rotated.shape[1] % 8)).unflatten(1, (-1, 8))  # [N, ceil(D / 8), 8]
+    lanes = squares[:, 0].clone()
+    for i in range(1, squares.shape[1]):
+        lanes += squares[:, i]
+    return lanes.sum(1, keepdim=True, dtype=torch.float64)
 
 
 def _dequantize_rotated(codes: Tensor, scale: Tensor, bits: int) -> Tensor:

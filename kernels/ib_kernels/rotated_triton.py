@@ -5,6 +5,7 @@ A thread holds a whole token, as a tuple of tiles of C channels: most butterflie
 """
 
 
+# ruff: noqa: RET505 - the compiler wants an else where a constant decides
 # mypy: disable-error-code=assignment
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def pack(x: Tensor, rows: Tensor, tokens: Tensor, bits: int, centre: Tensor | No
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
     if tokens.shape[0]:
-        tensors = (words, scale, scale if centre is None else centre)
+        tensors = (words, scale, scale if centre is None else centre.float())  # converted here once, not by every program
         selected, launch = pack_constants(head_dim, bits, centre is not None), options(head_dim, x.dtype)
         pack_kernel[(tokens.shape[0],)](x, rows, tokens, *tensors, *source(x), **selected, **launch)
     return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
@@ -88,7 +89,7 @@ def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
 def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
     warps = WARPS if head_dim <= 128 else 2 * WARPS  # two threads share a token that is too large for the registers of one
-    return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None}
+    return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None, "enable_fp_fusion": False}
 
 
 def sum_constants(head_dim: int) -> dict[str, int]:
@@ -103,7 +104,7 @@ def pack_kernel(
     pieces,
     words,
     scale,
-    centre,
+    shifts,
     heads,
     length,
     batch_stride,
@@ -130,19 +131,14 @@ def pack_kernel(
     for k in tl.static_range(D // C):
         tile = in_range(tl.load(token[:, None] + k * C + c))  # [N, C]
         if CENTRED:
-            tile -= tl.load(centre + run * D + k * C + c).to(tl.float32)
+            tile -= tl.load(shifts + run * D + k * C + c)
         tiles = tiles + (tile,)
     tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
-    squares = tl.zeros([N, C], tl.float64)
-    for k in tl.static_range(D // C):
-        squares += (tiles[k] * tiles[k]).to(tl.float64)
-    step = gaussian_step(tl.sum(squares, 1), STEP * STEP / D)  # [N]
+    step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / D)  # [N]
     divisor = tl.maximum(step.to(tl.float32), 2.0**-24)[:, None]  # a scale of 0 stands for a row of 0, whatever its codes
-    HALF: tl.constexpr = 2.0 ** (BITS - 1)
     codes = ()
     for k in tl.static_range(D // C):
-        level = tl.floor(divide(tiles[k], divisor, FUSED)) + HALF
-        codes = codes + (tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0),)
+        codes = codes + (code_of(divide(tiles[k], divisor, FUSED), BITS, FUSED),)
     row = first + tl.arange(0, N)
     live = tl.arange(0, N) < tokens
     tl.store(scale + row, step, mask=live)
@@ -151,8 +147,8 @@ def pack_kernel(
         high = ()
         low = ()
         for k in tl.static_range(D // C):
-            high = high + (tl.floor(codes[k] * 0.25),)
-            low = low + (codes[k] - 4.0 * high[k],)
+            high = high + ((codes[k] >> 2) & 1,)
+            low = low + (codes[k] & 3,)
         store_plane(words, low, live, D, C, 2)
         store_plane(words + D * 2 // 16, high, live, D, C, 1)
     else:
@@ -160,14 +156,42 @@ def pack_kernel(
 
 
 @triton.jit
+def sum_of_squares(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
+    """fp64 [N]: every eighth square in fp32, one after another as in `rotated`, and these sums in fp64."""
+    total = tl.zeros([N], tl.float64)
+    for j in tl.static_range(8 // C):
+        lanes = tiles[j] * tiles[j]  # [N, C]
+        for k in tl.static_range(j + 8 // C, D // C, 8 // C):
+            lanes += tiles[k] * tiles[k]
+        total += tl.sum(lanes.to(tl.float64), 1)
+    return total
+
+
+@triton.jit
+def code_of(steps, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """The code of a quotient, NaN as the lowest: int32, of which the low 16 bits count.
+
+    A sum with 1.5 * 2**23 that is rounded down has the floor in its low bits; no other bits of it reach a word.
+    """
+    HALF: tl.constexpr = 2.0 ** (BITS - 1)
+    if FUSED:
+        steps = tl.minimum(tl.maximum(steps, -HALF), HALF - 0.5)
+        asm: tl.constexpr = "add.rm.f32 $0, $1, $2;"
+        return tl.inline_asm_elementwise(asm, "=r,f,f", [steps, 12582912.0 + HALF], tl.int32, is_pure=True, pack=1)
+    else:
+        level = tl.floor(steps) + HALF
+        return tl.where(level == level, tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0), 0.0).to(tl.int32)
+
+
+@triton.jit
 def store_plane(words, codes, live, D: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
-    """Words [N, D * BITS / 16]: sums of 2**shift times codes, exact in fp32."""
+    """Words [N, D * BITS / 16] of codes int32, each word a sum of codes times powers of two."""
     TILES: tl.constexpr = D * BITS // 16 // C  # of a stripe
     for j in tl.static_range(TILES):
         word = codes[j]
         for s in tl.static_range(1, 16 // BITS):
-            word += codes[s * TILES + j] * 2.0 ** (s * BITS)
-        tl.store(words + j * C, word.to(tl.int32).to(tl.int16), mask=live[:, None])
+            word += codes[s * TILES + j] << (s * BITS)
+        tl.store(words + j * C, word.to(tl.int16), mask=live[:, None])
 
 
 @triton.jit
