@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 from ahead_of_time import MachineCode, compile_for
-from ib_kernels import decoding_triton, kivi_triton, merge_triton, raw_attention_triton, rotated_triton, rotation_triton
+from ib_kernels import (
+    decoding_triton,
+    kivi_triton,
+    merge_triton,
+    quantize_triton,
+    raw_attention_triton,
+    rotated_triton,
+    rotation_triton,
+)
 
 CAPABILITIES = (80, 90, 100)
 HEAD_DIMS = (128, 64, 96, 256)
@@ -35,12 +43,12 @@ TYPES = {
     **dict.fromkeys(("shifts", "out", "lse", "partial", "partial_lse", "bias", "turned"), "*fp32"),
     **dict.fromkeys(("k_scale", "k_minimum", "v_scale", "v_minimum", "scale", "minimum", "centre"), "*fp16"),
     **dict.fromkeys(("k_words", "v_words", "words"), "*i16"),
-    **dict.fromkeys(("pairs", "items", "slots", "groups", "pieces"), "*i32"),
+    **dict.fromkeys(("pairs", "items", "slots", "groups", "pieces", "lengths"), "*i32"),
     **dict.fromkeys(("mask", "rotated"), "*u8"),
     "rows": "*i64",
     "sums": "*fp64",
     **dict.fromkeys(("scaling", "softcap"), "fp32"),
-    **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence"), "i32"),
+    **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence", "size"), "i32"),
     **dict.fromkeys(("length", "batch_stride", "head_stride", "token_stride"), "i32:16"),
 }
 
@@ -84,10 +92,11 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
 
 def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
     """The kernels that pack and unpack one side of a cache."""
-    kivi, pair = kivi_triton.pack_constants(head_dim, bits), {"num_warps": kivi_triton.WARPS, "num_stages": 3}
+    kivi = kivi_triton.pack_constants(head_dim, bits)
     for kernel, x in product((kivi_triton.pack_keys_kernel, kivi_triton.pack_values_kernel), ("*bf16", "*fp32")):
         name = f"{kernel.__name__} kivi b{bits} d{head_dim} {x[1:]}"
-        yield Variant(name, kernel, kivi, pair, TYPES | {"x": x}, 32 * head_dim, matrix=True)
+        options = kivi_triton.pack_options(head_dim, keys=kernel is kivi_triton.pack_keys_kernel)
+        yield Variant(name, kernel, kivi, options, TYPES | {"x": x}, 32 * head_dim, matrix=True)
     for keys in (True, False):
         unpack, options = kivi_triton.unpack_variant(head_dim, bits, keys)
         name = f"unpack_kernel kivi b{bits} d{head_dim} {'keys' if keys else 'values'}"
@@ -112,6 +121,8 @@ def other_variants(head_dim: int) -> Iterator[Variant]:
     yield Variant(
         f"rotate_query_kernel d{head_dim}", rotation_triton.rotate_query_kernel, rotation, rotation_triton.OPTIONS, types
     )
+    if head_dim == HEAD_DIMS[0]:  # one for all of them
+        yield Variant("pieces_kernel", quantize_triton.pieces_kernel, {}, {"num_warps": 4, "num_stages": 3}, TYPES)
     yield Variant(
         f"sum_kernel d{head_dim}",
         rotated_triton.sum_kernel,

@@ -19,7 +19,7 @@ from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
 from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source, widened
 from torch import Tensor
 
-WARPS = 2
+KEY_WARPS, VALUE_WARPS = 2, 2  # of programs that pack up to 128 channels; twice as many above
 GROUPS = 8  # that a program packs
 
 
@@ -52,6 +52,11 @@ def pack_constants(head_dim: int, bits: int) -> dict[str, Any]:
     return constants(head_dim, bits) | {"DP": triton.next_power_of_2(head_dim), "GROUPS": GROUPS}
 
 
+def pack_options(head_dim: int, keys: bool) -> dict[str, int]:
+    """How to launch a kernel that packs."""
+    return {"num_warps": (KEY_WARPS if keys else VALUE_WARPS) * (1 if head_dim <= 128 else 2), "num_stages": 3}
+
+
 def unpack_variant(head_dim: int, bits: int, keys: bool) -> tuple[dict[str, Any], dict[str, int]]:
     """The same for `unpack_kernel`, and how to launch it: with fewer warps it spills registers."""
     padded = triton.next_power_of_2(head_dim)
@@ -64,7 +69,8 @@ def _pack(kernel: Any, x: Tensor, rows: Tensor, groups: Tensor, scale: Tensor, m
     count = groups.shape[0]
     if count:
         programs = triton.cdiv(count, selected["GROUPS"])
-        kernel[(programs,)](x, rows, groups, count, words, scale, minimum, *source(x), **selected, num_warps=WARPS)
+        options = pack_options(x.shape[3], keys=kernel is pack_keys_kernel)
+        kernel[(programs,)](x, rows, groups, count, words, scale, minimum, *source(x), **selected, **options)
     return {"words": words, "scale": scale, "minimum": minimum}
 
 
