@@ -184,35 +184,37 @@ def attend_kernel(
     scale = scaling if SOFTCAP else scaling * 1.4426950408889634
     unit *= scale
     maximum = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([8, M], tl.float32)
-    offsets = (tl.zeros([8, M], tl.float32),) * GROUPS
+    S: tl.constexpr = 8 if KIVI else 16  # rows that sums are kept of: kivi has more of them, and few registers left
+    total = tl.zeros([S, M], tl.float32)
+    offsets = (tl.zeros([S, M], tl.float32),) * GROUPS
     acc = (tl.zeros([VC, M], tl.float32),) * (VH * VF)
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
         rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
-        key_scale, of_values = read_ahead(k_scale, v_minimum, rows, N, GROUPS, KIVI)
+        if KIVI:  # early, because the compiler does not copy them ahead of their use
+            bases = read_groups(v_minimum, rows, N, GROUPS)
         if KIVI:
             s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
-            s = rotated_logits(s, k_words, key_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
+            s = rotated_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
         if SOFTCAP:
             s = tanh(s / softcap) * (softcap * 1.4426950408889634)
         s = tl.where((position < tokens)[:, None], s, -float("inf"))  # [N, M], logits to base 2
-        scales, minima, largest = read_scales(v_scale, of_values, rows, N, GROUPS, KIVI, VB)
+        scales, minima, largest = read_scales(v_scale, bases if KIVI else rows, rows, N, GROUPS, KIVI, VB)
         # Weights are relative to the largest product of weight and scale, which fp16 then holds without overflow; up to a
         # power of two, so that a token that has all the weight loses nothing to rounding.
         new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)
         fade = tl.exp2(maximum - new)
         maximum = new
         p = tl.exp2(s - new[None, :])
-        total = total * fade[None, :] + fold(p, N, M)
+        total = total * fade[None, :] + fold(p, N, M, S)
         faded = ()
         weights = ()
         for g in tl.static_range(GROUPS):
             weight = p * scales[g][:, None]
             offset = p * minima[g][:, None] if KIVI else weight
-            faded = faded + (offsets[g] * fade[None, :] + fold(offset, N, M),)
+            faded = faded + (offsets[g] * fade[None, :] + fold(offset, N, M, S),)
             weights = weights + (weight.to(tl.float16),)
         offsets = faded
         acc = add_values(acc, v_words, rows, weights, fade, KIVI, D, VT, VC, VH, VF, VB, ASM)
@@ -223,31 +225,24 @@ def attend_kernel(
 
 
 @triton.jit
-def read_ahead(k_scale, v_minimum, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr):
-    """What the compiler does not copy ahead of its use, to be read early in a pass of the loop: rotated the scales of keys and
-    values, fp16 [N]; kivi the minima of values, fp16 [N, groups], twice."""
-    of_values = read_groups(v_minimum, rows, N, GROUPS) if KIVI else tl.load(v_minimum + rows)
-    return of_values if KIVI else tl.load(k_scale + rows), of_values
+def read_scales(scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
+    """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale.
 
-
-@triton.jit
-def read_scales(scale, ahead, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
-    """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale."""
-    if not KIVI:
-        only = ahead.to(tl.float32)
-        return (only,), (only,), tl.maximum(only, SMALLEST)
-    else:
-        scales = ()
-        minima = ()
-        largest = tl.full([N], SMALLEST, tl.float32)
-        some = columns(read_groups(scale, rows, N, GROUPS), N, padded(GROUPS))
-        bases = columns(ahead, N, padded(GROUPS))
-        for g in tl.static_range(GROUPS):
-            v_scale = some[g].to(tl.float32)
-            scales = scales + (v_scale,)
+    bases: kivi the values at code 0, from `read_groups`.
+    """
+    scales = ()
+    minima = ()
+    largest = tl.full([N], SMALLEST, tl.float32)
+    if KIVI:
+        numbers = columns(read_groups(scale, rows, N, GROUPS), N, padded(GROUPS))
+        bases = columns(bases, N, padded(GROUPS))
+    for g in tl.static_range(GROUPS):
+        v_scale = numbers[g].to(tl.float32) if KIVI else tl.load(scale + rows).to(tl.float32)
+        scales = scales + (v_scale,)
+        if KIVI:
             minima = minima + (bases[g].to(tl.float32) + v_scale * 2.0 ** (BITS - 1),)
-            largest = tl.maximum(largest, v_scale)
-        return scales, minima, largest
+        largest = tl.maximum(largest, v_scale)
+    return scales, minima, largest
 
 
 @triton.jit
@@ -343,9 +338,9 @@ def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KI
 
 
 @triton.jit
-def fold(x, N: tl.constexpr, M: tl.constexpr):
-    """Sum of every 8th row of x [N, M]: [8, M]. They are in the same thread, so it costs no exchange."""
-    return tl.sum(tl.reshape(x, [N // 8, 8, M]), 0)
+def fold(x, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
+    """Sum of every S-th row of x [N, M]: [S, M]. For S = 8 or 16 they are in the same thread, so it costs no exchange."""
+    return tl.sum(tl.reshape(x, [N // S, S, M]), 0)
 
 
 @triton.jit

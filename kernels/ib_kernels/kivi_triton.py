@@ -19,7 +19,7 @@ from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS
 from ib_kernels.quantize_triton import addresses, constants, divide, empty, in_range, most_pieces, pieces, source, widened
 from torch import Tensor
 
-KEY_WARPS, VALUE_WARPS = 2, 2  # of programs that pack up to 128 channels; twice as many above
+KEY_WARPS, VALUE_WARPS = 1, 2  # of programs that pack up to 128 channels; twice as many above
 GROUPS = 8  # that a program packs
 
 

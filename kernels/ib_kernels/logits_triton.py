@@ -155,7 +155,7 @@ def scale_query(q, scale, ASM: tl.constexpr):
 def rotated_logits(
     s,
     words,
-    k_scale,
+    scale,
     rows,
     high,
     low,
@@ -170,6 +170,7 @@ def rotated_logits(
     ASM: tl.constexpr,
 ):
     """K q^T [N, M]: the scale of a token times (codes times query + s), plus the shift that the centre makes."""
+    k_scale = tl.load(scale + rows)
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
         w_low = read_words(words, rows, x, D, T, C, BITS, False, False)
