@@ -172,9 +172,10 @@ class Allocation:
         Raises CorruptFileError if it was cut or edited, ProfileMismatchError for another schema version or other fields,
         FileNotFoundError if no such file exists.
         """
-        is_text = isinstance(source, str) and source.lstrip()[:1] in ("", "{")
+        text = source.lstrip("\ufeff \t\r\n") if isinstance(source, str) else None
+        is_text = text is not None and text[:1] in ("", "{")
         name = "the allocation" if is_text else str(source)
-        content = read_sealed_json(str(source) if is_text else _read_text(Path(source)), name)
+        content = read_sealed_json(str(text) if is_text else _read_text(Path(source)), name)
         if content.pop("schema", None) != VERSION:
             raise ProfileMismatchError(f"{name} has another schema version than {VERSION}: optimise again")
         try:
@@ -239,7 +240,7 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder: pass the allocation.json in it")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"{path} is no text, so no allocation ({error}): write it again") from error
 

@@ -62,10 +62,13 @@ def make_episodes(
 
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
-    Raises CalibrationError if there are no prompts, or if one is too short, has an empty part or tokens of another model.
+    Raises CalibrationError if there are no prompts, or if one is too short, has an empty part or tokens of another model, and
+    for a seed that is no whole number from 0 to 2**31 - 1.
     """
     if len(prompts) == 0:
         raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise CalibrationError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
     drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
     for number, draft in enumerate(drafts):
         _check(draft, number, model)

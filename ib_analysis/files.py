@@ -19,6 +19,8 @@ from ib_analysis.errors import CorruptFileError
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

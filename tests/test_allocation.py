@@ -39,6 +39,9 @@ def other_model():
 def test_json_round_trip(allocation, tmp_path):
     path = tmp_path / "allocation.json"
     assert Allocation.from_json(allocation.to_json(path)) == allocation == Allocation.from_json(path)
+    marked = "\ufeff" + allocation.to_json()  # as editors on Windows begin a text
+    (tmp_path / "marked.json").write_text(marked, encoding="utf-8")
+    assert Allocation.from_json(marked) == allocation == Allocation.from_json(tmp_path / "marked.json")
     assert json.loads(path.read_text())["schema"] == 1
 
 

@@ -98,3 +98,10 @@ def test_empty_parts(embedded, prompt, said):
 def test_empty_text(embedded):
     with pytest.raises(CalibrationError, match="prompt 0"):
         make_episodes(embedded[0], embedded[1], [""])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "7"])
+def test_bad_seeds(embedded, seed):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match="whole number"):
+        make_episodes(model, tokenizer, ["The farmer sold the red apple to the old sailor. " * 9], seed=seed)

@@ -21,6 +21,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [found.name for found in path.parent.iterdir()] == ["file"]
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        write_whole(tmp_path, lambda partial: partial.write_text("new"))
+    assert list(tmp_path.iterdir()) == [] and list(tmp_path.parent.glob("*.partial")) == []
+
+
 def test_json_round_trip_and_tampering():
     text = sealed_json({"a": [1, 2.5], "b": None})
     assert read_sealed_json(text, "it") == {"a": [1, 2.5], "b": None}

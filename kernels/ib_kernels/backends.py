@@ -55,6 +55,9 @@ def default_backend(device: torch.device) -> Backend:
         raise ValueError(f"{VARIABLE} must be one of {list(BACKENDS)}, not {chosen!r}")
     if chosen == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{VARIABLE}=triton needs a GPU, not {device}, or Triton's interpreter: set TRITON_INTERPRET=1")
+    reason = without_kernels(device) if chosen == "triton" and device.type == "cuda" else None
+    if reason is not None:
+        raise ValueError(f"{VARIABLE}=triton cannot be: {reason}")
     return cast(Backend, chosen)
 
 

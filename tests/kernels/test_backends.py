@@ -59,7 +59,11 @@ def test_the_variable_overrules(monkeypatch):
     monkeypatch.setenv(VARIABLE, "reference")
     assert default_backend(GPU) == "reference"
     monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.setattr(backends, "without_kernels", lambda device: None)
     assert default_backend(GPU) == "triton"
+    monkeypatch.setattr(backends, "without_kernels", lambda device: "Triton is not installed")
+    with pytest.raises(ValueError, match="IB_KERNELS=triton cannot be: Triton is not installed"):
+        default_backend(GPU)
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(ValueError, match="IB_KERNELS must be one of"):
         default_backend(GPU)
