@@ -84,6 +84,7 @@ def variant(
         "D": head_dim,
         "M": 16 if wide else 8,  # query rows and tokens of one pass: what the registers hold
         "N": 64 if long else 32,
+        "G": triton.next_power_of_2(-(-head_dim // 32)),  # groups of channels, and what pads them
         "SPLIT": dtype == torch.float32,
         "SOFTCAP": softcap,
         **constants("K", head_dim, key_bits),
@@ -142,6 +143,7 @@ def attend_kernel(
     D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    G: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KT: tl.constexpr,
@@ -191,9 +193,8 @@ def attend_kernel(
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
         rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
-        if KIVI:  # early, because the compiler does not copy them ahead of their use
-            bases = read_groups(v_minimum, rows, N, GROUPS)
         if KIVI:
+            bases = read_groups(v_minimum, rows, GROUPS, G)  # early: the compiler does not copy them ahead of their use
             s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
@@ -201,7 +202,7 @@ def attend_kernel(
         if SOFTCAP:
             s = tanh(s / softcap) * (softcap * 1.4426950408889634)
         s = tl.where((position < tokens)[:, None], s, -float("inf"))  # [N, M], logits to base 2
-        scales, minima, largest = read_scales(v_scale, bases if KIVI else rows, rows, N, GROUPS, KIVI, VB)
+        scales, minima, largest = read_scales(v_scale, bases if KIVI else rows, rows, N, GROUPS, G, KIVI, VB)
         # Weights are relative to the largest product of weight and scale, which fp16 then holds without overflow; up to a
         # power of two, so that a token that has all the weight loses nothing to rounding.
         new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)
@@ -225,7 +226,9 @@ def attend_kernel(
 
 
 @triton.jit
-def read_scales(scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr):
+def read_scales(
+    scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr
+):
     """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale.
 
     bases: kivi the values at code 0, from `read_groups`.
@@ -234,8 +237,8 @@ def read_scales(scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI:
     minima = ()
     largest = tl.full([N], SMALLEST, tl.float32)
     if KIVI:
-        numbers = columns(read_groups(scale, rows, N, GROUPS), N, padded(GROUPS))
-        bases = columns(bases, N, padded(GROUPS))
+        numbers = columns(read_groups(scale, rows, GROUPS, G), N, G)
+        bases = columns(bases, N, G)
     for g in tl.static_range(GROUPS):
         v_scale = numbers[g].to(tl.float32) if KIVI else tl.load(scale + rows).to(tl.float32)
         scales = scales + (v_scale,)
@@ -246,16 +249,11 @@ def read_scales(scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, KIVI:
 
 
 @triton.jit
-def read_groups(numbers, rows, N: tl.constexpr, GROUPS: tl.constexpr):
-    """A number of every group of channels, for each token: [N, GROUPS] and some columns more."""
-    g = tl.arange(0, padded(GROUPS))[None, :]
+def read_groups(numbers, rows, GROUPS: tl.constexpr, G: tl.constexpr):
+    """A number of every group of channels, for each token: [N, G], of which GROUPS columns count."""
+    g = tl.arange(0, G)[None, :]
     at = numbers + rows[:, None] * GROUPS + g
-    return tl.load(at) if padded(GROUPS) == GROUPS else tl.load(at, mask=g < GROUPS, other=0.0)
-
-
-@triton.constexpr_function
-def padded(groups):
-    return triton.next_power_of_2(groups)
+    return tl.load(at) if G == GROUPS else tl.load(at, mask=g < GROUPS, other=0.0)
 
 
 @triton.jit
