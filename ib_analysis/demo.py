@@ -18,11 +18,12 @@ from ib_analysis.figures.style import save_figure
 from ib_analysis.figures.tradeoff import plot_tradeoff
 from ib_analysis.files import write_whole
 from ib_analysis.generation import generate_text
-from ib_analysis.measurement import Measurement, best_plan, sample_plans
+from ib_analysis.measurement import Measurement, Sample, best_plans, sample_plans
 from ib_analysis.models import load
 from ib_analysis.optimize import PROMPT_LENGTH, PROMPTS, Workbench, allocate_all, prepare
 from ib_analysis.plan import Plans, plans_nbytes
 from ib_analysis.policies import POLICIES
+from ib_analysis.profile import Profile
 from ib_analysis.tasks import TASKS
 from ib_analysis.tasks.mixture import mixture
 
@@ -77,7 +78,7 @@ def run(out: Path, question_aware: bool = True) -> None:
             model, tokenizer, mixture("held out", HELD_OUT, PROMPT_LENGTH), question_aware=question_aware, seed=SEED + 1
         ),
     )
-    compared = [compare(bench, held_out, allocation) for allocation in allocations]
+    compared = compare(bench, held_out, allocations)
     rows = [row for some in compared for row in some]
     allocations = [replace(allocation, validation=some[0].measurement) for allocation, some in zip(allocations, compared)]
     shown = allocations[SHARES.index(SHOWN_SHARE)]
@@ -91,28 +92,42 @@ def run(out: Path, question_aware: bool = True) -> None:
     print(f"written to {out}/")
 
 
-def compare(bench: Workbench, held_out: Replays, allocation: Allocation) -> list[Row]:
-    """The allocation, and of each simple policy the cell that is best on the held-out prompts themselves."""
-    profile, share = bench.profile, allocation.budget_share
-    full_bytes = profile.shape.bytes_per_token * profile.context_length
-    cells = {
-        name: policy(profile.shape, profile.pinned, profile.context_length, int(share * full_bytes))
-        for name, policy in POLICIES.items()
-    }
-    show = f"held-out prompts at {Fraction(share)}"
-    plans = {"optimal": allocation.plans}
-    for name, some in cells.items():
-        best = plans.get("uniform")  # of the whole grid, so of any part that it is in
-        if some:
-            plans[name.replace("_", "-")] = best if best in some else some[best_plan(held_out, some, show)]
-    sample = sample_plans(held_out, list(plans.values()), show)
-    rows = []
-    for index, (name, chosen) in enumerate(plans.items()):
-        nbytes = int(plans_nbytes(profile.shape, chosen, profile.pinned, profile.context_length))
-        setting = allocation.source if name == "optimal" else _setting(chosen)
-        ratio = sample.ratio_interval(index, list(plans).index("uniform"))
-        rows.append(Row(share, name, setting, nbytes, 8 * nbytes / profile.context_length, sample.measurement(index), ratio))
-    return rows
+def compare(bench: Workbench, held_out: Replays, allocations: list[Allocation]) -> list[list[Row]]:
+    """Every allocation, and of each simple policy the cell that is best on the held-out prompts themselves."""
+    profile = bench.profile
+    contenders: list[dict[str, Plans]] = [{"optimal": allocation.plans} for allocation in allocations]
+    grids = {}
+    for number, allocation in enumerate(allocations):
+        limit_bytes = int(allocation.budget_share * profile.shape.bytes_per_token * profile.context_length)
+        for name, policy in POLICIES.items():
+            if cells := policy(profile.shape, profile.pinned, profile.context_length, limit_bytes):
+                grids[number, name.replace("_", "-")] = cells
+    best = best_plans(held_out, list(grids.values()), "held-out prompts")
+    for ((number, name), cells), index in zip(grids.items(), best):
+        contenders[number][name] = cells[index]
+    different = list(dict.fromkeys(plans for some in contenders for plans in some.values()))
+    sample = sample_plans(held_out, different, "held-out prompts")
+    return [
+        [_row(profile, allocation, sample, different, name, some) for name in some]
+        for allocation, some in zip(allocations, contenders)
+    ]
+
+
+def _row(
+    profile: Profile, allocation: Allocation, sample: Sample, sampled: list[Plans], policy: str, contenders: dict[str, Plans]
+) -> Row:
+    plans = contenders[policy]
+    nbytes = int(plans_nbytes(profile.shape, plans, profile.pinned, profile.context_length))
+    index, uniform = sampled.index(plans), sampled.index(contenders["uniform"])
+    return Row(
+        share=allocation.budget_share,
+        policy=policy,
+        setting=allocation.source if policy == "optimal" else _setting(plans),
+        nbytes=nbytes,
+        bits_per_token=8 * nbytes / profile.context_length,
+        measurement=sample.measurement(index),
+        ratio=sample.ratio_interval(index, uniform),
+    )
 
 
 def _setting(plans: Plans) -> str:

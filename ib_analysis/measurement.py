@@ -116,28 +116,45 @@ def measure_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> l
 
 
 def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
-    """Index of the plan with the least mean loss over all prompts.
+    """Index of the plan with the least mean loss over all prompts."""
+    return 0 if len(plans) == 1 else best_plans(replays, [plans], show)[0]
 
-    The plan that loses least on a few prompts is measured on all. The others meet the prompts on which it loses most first,
-    and are dropped as soon as they have lost more than it does on all prompts: no loss is negative, so the answer is exact,
-    yet most plans are measured on few prompts.
+
+def best_plans(replays: Replays, grids: Sequence[Sequence[Plans]], show: str = "") -> list[int]:
+    """For each grid the index of the plan with the least mean loss over all prompts.
+
+    The plan of a grid that loses least on a few prompts is measured on all. The others meet the prompts on which it loses
+    most first, and are dropped as soon as they have lost more than it does on all prompts: no loss is negative, so the
+    answer is exact, yet most plans are measured on few prompts. Grids share what they can: many plans at once take less time.
     """
-    if len(plans) == 1:
-        return 0
     few = -(-len(replays) // PILOT)
-    losses = np.zeros(len(plans))
+    everything = [plans for grid in grids for plans in grid]
+    pilot = np.zeros(len(everything))
     for number in tqdm(range(few), desc=show, disable=not show, leave=False):
-        losses += _losses(replays, number, plans)
-    leader = int(losses.argmin())
-    rest = np.array([_losses(replays, number, [plans[leader]])[0] for number in range(few, len(replays))])
-    losses[leader] += rest.sum()
-    alive = np.arange(len(plans))
-    for number in tqdm(few + np.argsort(-rest, kind="stable"), desc=show, disable=not show, leave=False):
-        alive = alive[(losses[alive] <= losses[leader] * (1 + ROUNDING)) & (alive != leader)]
+        pilot += _losses(replays, number, everything)
+    losses = np.split(pilot, np.cumsum([len(grid) for grid in grids])[:-1])  # of each grid
+    leaders = [int(some.argmin()) for some in losses]
+    leading, _ = replays.measure([grid[leader] for grid, leader in zip(grids, leaders)], show)  # [episodes, grids]
+    return [
+        _best(replays, grid, leader, some, leading[:, g], show)
+        for g, (grid, leader, some) in enumerate(zip(grids, leaders, losses))
+    ]
+
+
+def _best(
+    replays: Replays, plans: Sequence[Plans], leader: int, losses: NDArray[np.float64], leading: NDArray[np.float64], show: str
+) -> int:
+    """The best of a grid, from the sums of the losses [plans] on the first prompts and its leader's losses [episodes]."""
+    few = -(-len(replays) // PILOT)
+    to_beat = leading.sum() * (1 + ROUNDING)
+    alive = np.flatnonzero((losses <= to_beat) & (np.arange(len(plans)) != leader))
+    for number in tqdm(few + np.argsort(-leading[few:], kind="stable"), desc=show, disable=not show, leave=False):
         if len(alive) == 0:
             return leader
         losses[alive] += _losses(replays, int(number), [plans[i] for i in alive.tolist()])
-    return min(leader, *alive.tolist(), key=lambda plan: float(losses[plan]))
+        alive = alive[losses[alive] <= to_beat]
+    losses[leader] = leading.sum()
+    return min(leader, *alive.tolist(), key=lambda plan: float(losses[plan])) if len(alive) else leader
 
 
 def _losses(replays: Replays, number: int, plans: Sequence[Plans]) -> NDArray[np.float64]:
