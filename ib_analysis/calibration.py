@@ -18,6 +18,7 @@ from ib_analysis.episodes import Episode
 from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.knapsack import Solution
 from ib_analysis.options import head_options
+from ib_analysis.parallel import in_order, prompts_at_once
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.pricing import gradient_prices
 from ib_analysis.profile import Profile, model_fingerprint
@@ -44,6 +45,7 @@ class Replays:
     ) -> None:
         self.episodes = episodes
         self._make: Callable[[Episode], Replay] = lambda episode: Replay(model, shape, pinned, SCORERS[scorer], episode)
+        self.at_once = prompts_at_once(model, model.device)
         self._kept: dict[int, Replay] = {}
         self._kept_bytes = 0
 
@@ -69,9 +71,16 @@ class Replays:
         kl_bits, accuracy = self.measure([null_plans(shape), (None,) * len(shape.layers)])
         return kl_bits[:, 0], accuracy[:, 1]
 
-    def measure(self, tried: Sequence[PlansToTry], show: str = "") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar."""
-        rows = [replay.measure(tried) for replay in tqdm(self, desc=show, disable=not show, leave=False)]
+    def measure(
+        self, tried: Sequence[PlansToTry], show: str = "", numbers: Sequence[int] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(KL in bits per predicted token, accuracy), [episodes, A] each; `show` names a progress bar.
+
+        `numbers` are the episodes to measure, by default all.
+        """
+        numbers = range(len(self)) if numbers is None else numbers
+        measured = in_order(lambda number: self[number].measure(tried), numbers, self.at_once)
+        rows = list(tqdm(measured, desc=show, total=len(numbers), disable=not show, leave=False))
         return (
             torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
             torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),

@@ -129,9 +129,7 @@ def best_plans(replays: Replays, grids: Sequence[Sequence[Plans]], show: str = "
     """
     few = -(-len(replays) // PILOT)
     everything = [plans for grid in grids for plans in grid]
-    pilot = np.zeros(len(everything))
-    for number in tqdm(range(few), desc=show, disable=not show, leave=False):
-        pilot += _losses(replays, number, everything)
+    pilot = replays.measure(everything, show, range(few))[0].sum(0)
     losses = np.split(pilot, np.cumsum([len(grid) for grid in grids])[:-1])  # of each grid
     leaders = [int(some.argmin()) for some in losses]
     leading, _ = replays.measure([grid[leader] for grid, leader in zip(grids, leaders)], show)  # [episodes, grids]
@@ -148,19 +146,15 @@ def _best(
     few = -(-len(replays) // PILOT)
     to_beat = leading.sum() * (1 + ROUNDING)
     alive = np.flatnonzero((losses <= to_beat) & (np.arange(len(plans)) != leader))
-    for number in tqdm(few + np.argsort(-leading[few:], kind="stable"), desc=show, disable=not show, leave=False):
+    hardest = (few + np.argsort(-leading[few:], kind="stable")).tolist()
+    for begin in tqdm(range(0, len(hardest), replays.at_once), desc=show, disable=not show, leave=False):
         if len(alive) == 0:
             return leader
-        losses[alive] += _losses(replays, int(number), [plans[i] for i in alive.tolist()])
+        numbers = hardest[begin : begin + replays.at_once]
+        losses[alive] += replays.measure([plans[i] for i in alive.tolist()], numbers=numbers)[0].sum(0)
         alive = alive[losses[alive] <= to_beat]
     losses[leader] = leading.sum()
     return min(leader, *alive.tolist(), key=lambda plan: float(losses[plan])) if len(alive) else leader
-
-
-def _losses(replays: Replays, number: int, plans: Sequence[Plans]) -> NDArray[np.float64]:
-    """Loss of each plan on one prompt."""
-    losses: NDArray[np.float64] = replays[number].measure(plans)[0].cpu().numpy()
-    return losses
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
