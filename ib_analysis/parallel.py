@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ def prompts_at_once(model: nn.Module, device: torch.device) -> int:
     return min(torch.get_num_threads(), MOST_AT_ONCE)
 
 
-def in_order(function: Callable[[Item], Result], items: Sequence[Item], at_once: int) -> Iterator[Result]:
+def in_order(function: Callable[[Item], Result], items: Sequence[Item], at_once: int) -> Generator[Result, None, None]:
     """function(item) for each item, in their order, computed `at_once` at a time, with one core each if it is more than one."""
     if min(at_once, len(items)) <= 1:
         yield from map(function, items)
