@@ -154,7 +154,7 @@ def _best(
         losses[alive] += replays.measure([plans[i] for i in alive.tolist()], numbers=numbers)[0].sum(0)
         alive = alive[losses[alive] <= to_beat]
     losses[leader] = leading.sum()
-    return min(leader, *alive.tolist(), key=lambda plan: float(losses[plan])) if len(alive) else leader
+    return min([leader, *alive.tolist()], key=lambda plan: float(losses[plan]))
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:

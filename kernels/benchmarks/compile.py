@@ -124,10 +124,10 @@ def other_variants(head_dim: int) -> Iterator[Variant]:
     if head_dim == HEAD_DIMS[0]:  # one for all of them
         yield Variant("pieces_kernel", quantize_triton.pieces_kernel, {}, {"num_warps": 4, "num_stages": 3}, TYPES)
     yield Variant(
-        f"sum_kernel d{head_dim}",
-        rotated_triton.sum_kernel,
-        rotated_triton.sum_constants(head_dim),
-        rotated_triton.SUM_OPTIONS,
+        f"mean_kernel d{head_dim}",
+        rotated_triton.mean_kernel,
+        rotated_triton.mean_constants(head_dim),
+        rotated_triton.MEAN_OPTIONS,
         TYPES,
         32 * head_dim,
     )

@@ -11,13 +11,12 @@ from ib_kernels.decoding import Window, packed_attention
 from ib_kernels.packed import Packed, unpack_tokens
 from ib_kernels.packing import quantize_pack
 from ib_kernels.planning import Plan, plan
-from ib_kernels.ragged import interleave, pad, select, split
+from ib_kernels.ragged import pad
 
 __all__ = [
     "Packed",
     "Plan",
     "Window",
-    "interleave",
     "merge",
     "pack",
     "packed_attention",
@@ -25,8 +24,6 @@ __all__ = [
     "partial_attention",
     "plan",
     "quantize_pack",
-    "select",
-    "split",
     "unpack",
     "unpack_tokens",
     "words_per_token",

@@ -43,18 +43,6 @@ def pad(flat: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return padded.view(runs, longest, *flat.shape[1:]), mask
 
 
-def interleave(a: Tensor, a_lengths: Tensor, b: Tensor, b_lengths: Tensor) -> Tensor:
-    """Append run by run: rows [N_a + N_b, ...] of runs a_p followed by b_p.
-
-    Raises ValueError if the lengths do not fit the rows or each other.
-    """
-    check(a, a_lengths)
-    check(b, b_lengths)
-    if a_lengths.shape != b_lengths.shape:
-        raise ValueError(f"cannot interleave {a_lengths.shape[0]} runs with {b_lengths.shape[0]}: pass as many of each")
-    return place(a, b, places(a_lengths, a.shape[0], b_lengths, b.shape[0]))
-
-
 def places(a_lengths: Tensor, a_total: int, b_lengths: Tensor, b_total: int) -> tuple[Tensor, Tensor]:
     """Where the rows of a and those of b are when they are interleaved: int64 [a_total], [b_total]."""
     first = starts(a_lengths + b_lengths)
@@ -66,31 +54,6 @@ def place(a: Tensor, b: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
     rows = a.new_empty(a.shape[0] + b.shape[0], *a.shape[1:])
     rows[places[0]], rows[places[1]] = a, b
     return rows
-
-
-def split(flat: Tensor, lengths: Tensor, head_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut every run after its first head_lengths[p] rows: (heads, tails), the inverse of `interleave`.
-
-    Raises ValueError if the lengths do not fit the rows.
-    """
-    counts = check(flat, lengths)
-    heads = head_lengths.tolist()
-    if head_lengths.shape != lengths.shape or any(not 0 <= head <= count for head, count in zip(heads, counts)):
-        raise ValueError("head_lengths must hold one number of rows for each run, from 0 to the length of the run")
-    first, total = starts(lengths), sum(heads)
-    tails = rows_from(first + head_lengths, lengths - head_lengths, flat.shape[0] - total)
-    return flat[rows_from(first, head_lengths, total)], flat[tails]
-
-
-def select(flat: Tensor, lengths: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The runs that the index tensor `pairs` names, in its order, repeats allowed: (rows, lengths).
-
-    Raises ValueError if `lengths` does not fit `flat`, or if `pairs` is not a vector of run indices.
-    """
-    counts = check(flat, lengths)
-    chosen = check_pairs(pairs, lengths.shape[0])
-    rows = rows_from(starts(lengths)[pairs], lengths[pairs], sum(counts[pair] for pair in chosen))
-    return flat[rows], lengths[pairs]
 
 
 def check(flat: Tensor, lengths: Tensor) -> list[int]:

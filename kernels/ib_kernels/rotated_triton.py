@@ -23,7 +23,7 @@ from torch import Tensor
 
 TOKENS = 32  # that a program packs or unpacks, a power of two
 WARPS = 1  # of such a program, twice as many for more than 128 channels
-SUM_OPTIONS = {"num_warps": 4, "num_stages": 2}
+MEAN_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 def pack(x: Tensor, rows: Tensor, tokens: Tensor, bits: int, centre: Tensor | None) -> dict[str, Tensor]:
@@ -67,8 +67,10 @@ def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
     head_dim = keys.shape[3]
     means = torch.zeros(count, head_dim, dtype=torch.float16, device=keys.device)
     if runs.shape[0]:
-        selected = sum_constants(head_dim)
-        sum_kernel[(runs.shape[0], head_dim // selected["C"])](keys, rows, runs, means, *source(keys), **selected, **SUM_OPTIONS)
+        selected = mean_constants(head_dim) | MEAN_OPTIONS
+        mean_kernel[(runs.shape[0], head_dim // selected["C"])](
+            keys, rows, runs, means, *source(keys), **selected, **MEAN_OPTIONS
+        )
     return means
 
 
@@ -92,8 +94,8 @@ def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None, "enable_fp_fusion": False}
 
 
-def sum_constants(head_dim: int) -> dict[str, int]:
-    """The same for `sum_kernel`, a program of which takes 16 channels of a run, N tokens at a time."""
+def mean_constants(head_dim: int) -> dict[str, int]:
+    """The same for `mean_kernel`, a program of which takes 16 channels of a run, N tokens at a time."""
     return {"D": head_dim, "C": 16, "N": 256, "MOST": CENTRE_TOKENS}
 
 
@@ -285,7 +287,7 @@ def gaussian_step(squares, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(
+def mean_kernel(
     x,
     rows,
     pieces,

@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ib_kernels import interleave, pad, select, split
+from ib_kernels import pad
+from ib_kernels.ragged import check_pairs, place, places, rows_from, starts
 
 run_lengths = st.lists(st.integers(0, 7), max_size=6)
 
@@ -29,26 +30,27 @@ def test_pad_masks_exactly_the_padding(lengths):
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6))
 @settings(deadline=None)
-def test_interleave_appends_run_by_run_and_split_inverts_it(lengths):
+def test_places_append_run_by_run_and_rows_from_inverts_it(lengths):
     a_lengths, b_lengths = [a for a, _ in lengths], [b for _, b in lengths]
     a, b = rows_of(a_lengths), rows_of(b_lengths, offset=1000)
-    joined = interleave(a, vector(a_lengths), b, vector(b_lengths))
+    of_a, of_b = vector(a_lengths), vector(b_lengths)
+    joined = place(a, b, places(of_a, sum(a_lengths), of_b, sum(b_lengths)))
     expected = [run for pair in zip(a.split(a_lengths), b.split(b_lengths)) for run in pair]
     assert torch.equal(joined, torch.cat([rows_of([]), *expected]))
-    heads, tails = split(joined, vector(a_lengths) + vector(b_lengths), vector(a_lengths))
-    assert torch.equal(heads, a)
-    assert torch.equal(tails, b)
+    first = starts(of_a + of_b)
+    assert torch.equal(joined[rows_from(first, of_a, sum(a_lengths))], a)
+    assert torch.equal(joined[rows_from(first + of_a, of_b, sum(b_lengths))], b)
 
 
 @given(run_lengths.filter(len), st.data())
 @settings(deadline=None)
-def test_select_gathers_runs_in_order_with_repeats(lengths, data):
+def test_rows_from_gathers_runs_in_order_with_repeats(lengths, data):
     pairs = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
     flat = rows_of(lengths)
-    rows, selected = select(flat, vector(lengths), torch.tensor(pairs, dtype=torch.int64))
+    chosen, counts = torch.tensor(pairs, dtype=torch.int64), vector(lengths)
+    rows = rows_from(starts(counts)[chosen], counts[chosen], sum(lengths[pair] for pair in pairs))
     runs = flat.split(lengths)
-    assert torch.equal(rows, torch.cat([rows_of([]), *(runs[pair] for pair in pairs)]))
-    assert selected.tolist() == [lengths[pair] for pair in pairs]
+    assert torch.equal(flat[rows], torch.cat([rows_of([]), *(runs[pair] for pair in pairs)]))
 
 
 def test_rows_may_have_any_shape():
@@ -81,19 +83,7 @@ def test_lengths_that_do_not_fit(lengths, message):
         pad(torch.zeros(3, 2), lengths)
 
 
-def test_interleave_needs_as_many_runs_of_each():
-    with pytest.raises(ValueError, match="as many of each"):
-        interleave(torch.zeros(3, 2), vector([3]), torch.zeros(3, 2), vector([1, 2]))
-
-
-def test_split_refuses_heads_longer_than_their_runs():
-    with pytest.raises(ValueError, match="head_lengths"):
-        split(torch.zeros(3, 2), vector([1, 2]), vector([2, 1]))
-    with pytest.raises(ValueError, match="head_lengths"):
-        split(torch.zeros(3, 2), vector([1, 2]), vector([1]))
-
-
 @pytest.mark.parametrize("pairs", [torch.tensor([2]), torch.tensor([-1]), torch.tensor([True, False])])
-def test_select_refuses_what_names_no_run(pairs):
+def test_pairs_name_runs(pairs):
     with pytest.raises(ValueError, match="pairs must"):
-        select(torch.zeros(3, 2), vector([1, 2]), pairs)
+        check_pairs(pairs, 2)
