@@ -67,10 +67,9 @@ def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
     head_dim = keys.shape[3]
     means = torch.zeros(count, head_dim, dtype=torch.float16, device=keys.device)
     if runs.shape[0]:
-        selected = mean_constants(head_dim) | MEAN_OPTIONS
-        mean_kernel[(runs.shape[0], head_dim // selected["C"])](
-            keys, rows, runs, means, *source(keys), **selected, **MEAN_OPTIONS
-        )
+        selected = mean_constants(head_dim)
+        programs = runs.shape[0], head_dim // selected["C"]
+        mean_kernel[programs](keys, rows, runs, means, *source(keys), **selected, **MEAN_OPTIONS)
     return means
 
 
