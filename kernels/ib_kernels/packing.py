@@ -100,12 +100,12 @@ def quantize_pack_triton(
         tokens = pieces(lengths, size, piece_count(known, size))
         if fmt == "kivi":
             return kivi_triton.pack_keys(keys, rows, tokens, key_bits), kivi_triton.pack_values(values, rows, tokens, value_bits)
+        value_parts = rotated_triton.pack(values, rows, tokens, value_bits, None)  # first: the GPU is busy meanwhile
         if centre is None:
             longest = max([1, *known])
             runs = pieces(lengths, longest, piece_count(known, longest))
             centre = rotated_triton.centre(keys, rows, runs, lengths.shape[0])
-        key_parts = rotated_triton.pack(keys, rows, tokens, key_bits, centre)
-        return key_parts, rotated_triton.pack(values, rows, tokens, value_bits, None)
+        return rotated_triton.pack(keys, rows, tokens, key_bits, centre), value_parts
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

@@ -104,10 +104,10 @@ def divide(x, divisor, FUSED: tl.constexpr):
 
     One reciprocal per divisor, and for each element its product with it, corrected by the remainder, which a fused
     multiply-add gives exactly (Markstein 1990). The result is the correctly rounded quotient if the divisor has eleven bits,
-    as an fp16 scale has, and for sqrt(2) in fp32, for which all mantissas were tried.
+    as an fp16 scale has.
     """
     if FUSED:
-        inverse = tl.broadcast_to(reciprocal(divisor), x.shape)
+        inverse = tl.broadcast_to(reciprocal(divisor, FUSED), x.shape)
         quotient = x * inverse
         return tl.fma(tl.fma(quotient, tl.broadcast_to(-divisor, x.shape), x), inverse, quotient)
     else:
@@ -115,9 +115,12 @@ def divide(x, divisor, FUSED: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(x):
+def reciprocal(x, FUSED: tl.constexpr):
     """1 / x, rounded to the nearest float for the divisors of `divide`: from all floats that are up to four from it, and the
     approximation is up to two, one step of Newton's leads there.
     """
-    guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
+    if FUSED:
+        guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
+    else:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)

@@ -32,11 +32,11 @@ class RotatedValues:
         return {}
 
     def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        codes, scale = _quantize_rotated(rotate(x.clamp(-FP16_MAX, FP16_MAX)), bits)
+        codes, scale = _quantize(hadamard(x.clamp(-FP16_MAX, FP16_MAX)), bits)
         return codes, {"scale": scale}
 
     def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
-        return rotate(_dequantize_rotated(codes, metadata["scale"], bits))
+        return _dequantize(codes, metadata["scale"], bits)
 
 
 class RotatedKeys:
@@ -60,53 +60,65 @@ class RotatedKeys:
 
     def quantize(self, x: Tensor, lengths: Tensor, bits: int, fitted: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         centred = x.clamp(-FP16_MAX, FP16_MAX) - fitted["centre"].float()[ragged.run_of_row(lengths, x.shape[0])]
-        codes, scale = _quantize_rotated(rotate(centred), bits)
+        codes, scale = _quantize(hadamard(centred), bits)
         return codes, {"scale": scale, "centre": fitted["centre"]}
 
     def dequantize(self, codes: Tensor, metadata: dict[str, Tensor], lengths: Tensor, bits: int) -> Tensor:
-        centred = rotate(_dequantize_rotated(codes, metadata["scale"], bits))
+        centred = _dequantize(codes, metadata["scale"], bits)
         return centred + metadata["centre"].float()[ragged.run_of_row(lengths, codes.shape[0])]
 
 
 ROTATED = Format("rotated", RotatedKeys(), RotatedValues())
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Multiply rows [N, D] by the orthonormal block-Hadamard matrix of the largest power of two that divides D.
+def block_size(head_dim: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides head_dim."""
+    return head_dim & -head_dim
 
-    The matrix is symmetric, so it is its own inverse. It is applied by butterflies because in a matrix product the order of
-    the additions, and with it the last bit of the result, depends on N; on columns, because these are long.
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply rows [N, D] by the block-Hadamard matrix of +1 and -1. It is symmetric; over sqrt(block_size) it is orthonormal.
+
+    It is applied by butterflies because in a matrix product the order of the additions, and with it the last bit of the
+    result, depends on N; on columns, because these are long.
     """
     tokens, head_dim = x.shape
-    block = head_dim & -head_dim
     columns, spare = x.t().contiguous(), x.new_empty(head_dim, tokens)
     half = 1
-    while half < block:
+    while half < block_size(head_dim):
         pairs, rotated = (x.view(head_dim // (2 * half), 2, half, tokens) for x in (columns, spare))
         torch.add(pairs[:, 0], pairs[:, 1], out=rotated[:, 0])
         torch.sub(pairs[:, 0], pairs[:, 1], out=rotated[:, 1])
         columns, spare = spare, columns
         half *= 2
-    return columns.div_(math.sqrt(block)).t().contiguous()
+    return columns.t().contiguous()
 
 
-def _quantize_rotated(rotated: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, D] and scale fp16 [N, 1], the Gaussian-optimal step for the root mean square of the token."""
-    mean_square = _sum_of_squares(rotated) / rotated.shape[1]
+def _quantize(turned: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, D] and scale fp16 [N, 1], the Gaussian-optimal step for the root mean square of the rotated token.
+
+    Of the range of all levels a channel lies at a share between 0 and 1, and code c stands for shares in (c, c + 1] / 2**bits.
+    """
+    head_dim, block = turned.shape[1], block_size(turned.shape[1])
+    mean_square = _sum_of_squares(turned) / (head_dim * block)
     scale = (GAUSSIAN_STEP[bits] * mean_square.sqrt()).clamp(max=FP16_MAX).to(torch.float16)
-    steps = rotated / scale.float().clamp(min=2.0**-24)  # a scale of 0 stands for a row of 0, whatever its codes
-    codes = steps.floor_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
+    # A scale of 0 stands for a row of 0, whatever its codes. One factor a token: a division an element would be slow on a GPU.
+    per_range = scale.float().clamp(min=2.0**-24).reciprocal_().mul_(1 / (2**bits * math.sqrt(block)))
+    share = (turned * per_range).add_(0.5).clamp_(0, 1)
+    codes = share.mul_(2**bits).ceil_().sub_(1).clamp_(min=0)
     return codes.to(torch.uint8), scale
 
 
-def _sum_of_squares(rotated: Tensor) -> Tensor:
+def _dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Rows [N, D], rotated back: each code stands for the middle of its step."""
+    step = scale.float() * (1 / math.sqrt(block_size(codes.shape[1])))
+    return hadamard(codes.float().sub_((2**bits - 1) / 2).mul_(step))
+
+
+def _sum_of_squares(turned: Tensor) -> Tensor:
     """fp64 [N, 1]. Every eighth square is added in float32, in one order on all machines, and these sums in float64."""
-    squares = torch.nn.functional.pad(rotated.square(), (0, -rotated.shape[1] % 8)).unflatten(1, (-1, 8))  # [N, ceil(D / 8), 8]
+    squares = torch.nn.functional.pad(turned.square(), (0, -turned.shape[1] % 8)).unflatten(1, (-1, 8))  # [N, ceil(D / 8), 8]
     lanes = squares[:, 0].clone()
     for i in range(1, squares.shape[1]):
         lanes += squares[:, i]
     return lanes.sum(1, keepdim=True, dtype=torch.float64)
-
-
-def _dequantize_rotated(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return codes.float().sub_((2**bits - 1) / 2).mul_(scale.float())

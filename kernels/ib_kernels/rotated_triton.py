@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from ib_kernels.bitpack import words_per_token
-from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, divide, empty, in_range, most_pieces, pieces, source
-from ib_kernels.rotated import CENTRE_TOKENS, GAUSSIAN_STEP
+from ib_kernels.quantize_triton import FP16_MAX, addresses, constants, empty, in_range, most_pieces, pieces, reciprocal, source
+from ib_kernels.rotated import CENTRE_TOKENS, GAUSSIAN_STEP, block_size
 from torch import Tensor
 
 TOKENS = 32  # that a program packs or unpacks, a power of two
@@ -75,7 +75,7 @@ def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
 
 def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
     """Arguments that select one compiled variant of `pack_kernel` and `unpack_kernel`."""
-    block = head_dim & -head_dim
+    block = block_size(head_dim)
     stripe = head_dim // 16 if bits == 3 else head_dim * bits // 16
     return constants(head_dim, bits) | {
         "C": min(8, stripe & -stripe),  # divides every stripe
@@ -134,12 +134,13 @@ def pack_kernel(
         if CENTRED:
             tile -= tl.load(shifts + run * D + k * C + c)
         tiles = tiles + (tile,)
-    tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
-    step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / D)  # [N]
-    divisor = tl.maximum(step.to(tl.float32), 2.0**-24)[:, None]  # a scale of 0 stands for a row of 0, whatever its codes
+    tiles = turn(tiles, D, C, N, BLOCK)
+    step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / (D * BLOCK))  # [N]
+    divisor = tl.maximum(step.to(tl.float32), 2.0**-24, propagate_nan=tl.PropagateNan.ALL)
+    per_range = (reciprocal(divisor, FUSED) * (1.0 / (2.0**BITS * ROOT)))[:, None]
     codes = ()
     for k in tl.static_range(D // C):
-        codes = codes + (code_of(divide(tiles[k], divisor, FUSED), BITS, FUSED),)
+        codes = codes + (code_of(tiles[k], per_range, BITS, FUSED),)
     row = first + tl.arange(0, N)
     live = tl.arange(0, N) < tokens
     tl.store(scale + row, step, mask=live)
@@ -169,19 +170,21 @@ def sum_of_squares(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def code_of(steps, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """The code of a quotient, NaN as the lowest: int32, of which the low 16 bits count.
-
-    A sum with 1.5 * 2**23 that is rounded down has the floor in its low bits; no other bits of it reach a word.
-    """
-    HALF: tl.constexpr = 2.0 ** (BITS - 1)
+def code_of(turned, per_range, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """The code of a channel (see `rotated`), NaN as the lowest: int32, of which the low 16 bits count."""
+    LEVELS: tl.constexpr = 2.0**BITS
     if FUSED:
-        steps = tl.minimum(tl.maximum(steps, -HALF), HALF - 0.5)
-        asm: tl.constexpr = "add.rm.f32 $0, $1, $2;"
-        return tl.inline_asm_elementwise(asm, "=r,f,f", [steps, 12582912.0 + HALF], tl.int32, is_pure=True, pack=1)
+        # Saturation keeps the share within [0, 1], and makes 0 of NaN. The largest number below LEVELS makes of it a product
+        # whose floor is the code. A sum with 1.5 * 2**23 that is rounded down has the floor in its low bits.
+        asm: tl.constexpr = (
+            "{.reg .f32 share; mul.rn.f32 share, $1, $2; add.rn.sat.f32 share, share, 0f3F000000;"
+            " fma.rm.f32 $0, share, $3, 0f4B400000;}"
+        )
+        below: tl.constexpr = LEVELS * (1 - 2.0**-24)
+        return tl.inline_asm_elementwise(asm, "=r,f,f,f", [turned, per_range, below], tl.int32, is_pure=True, pack=1)
     else:
-        level = tl.floor(steps) + HALF
-        return tl.where(level == level, tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0), 0.0).to(tl.int32)
+        level = tl.ceil(tl.minimum(turned * per_range + 0.5, 1.0) * LEVELS) - 1.0
+        return tl.where(level == level, tl.maximum(level, 0.0), 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -219,7 +222,7 @@ def unpack_kernel(
     row = first + tl.minimum(tl.arange(0, N), tl.maximum(tokens - 1, 0))  # a piece may have no tokens
     c = tl.arange(0, C)[None, :]
     words += row[:, None] * (D * BITS // 16) + c
-    step = tl.load(scale + row).to(tl.float32)[:, None]
+    step = (tl.load(scale + row).to(tl.float32) * (1.0 / ROOT))[:, None]
     tiles = ()
     for k in tl.static_range(D // C):
         if BITS == 3:
@@ -227,7 +230,7 @@ def unpack_kernel(
         else:
             code = field(words, k, D, C, BITS)
         tiles = tiles + ((code.to(tl.float32) - (2.0**BITS - 1.0) / 2.0) * step,)
-    tiles = turn(tiles, D, C, N, BLOCK, ROOT, FUSED)
+    tiles = turn(tiles, D, C, N, BLOCK)
     for k in tl.static_range(D // C):
         tile = tiles[k]
         if CENTRED:
@@ -244,8 +247,8 @@ def field(words, k: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def turn(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr, FUSED: tl.constexpr):
-    """Tokens [N, D] times the block-Hadamard matrix, added up in the order of `rotated.rotate`; ROOT = sqrt(BLOCK)."""
+def turn(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens [N, D] times the block-Hadamard matrix, added up in the order of `rotated.hadamard`."""
     for stage in tl.static_range(8):
         if 1 << stage < BLOCK:
             turned = ()
@@ -257,13 +260,7 @@ def turn(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.con
                 else:
                     turned = turned + (tiles[k - (1 << stage) // C] - tiles[k],)
             tiles = turned
-    scaled = ()
-    for k in tl.static_range(D // C):
-        if ROOT % 1 == 0:  # a power of two
-            scaled = scaled + (tiles[k] * (1.0 / ROOT),)
-        else:
-            scaled = scaled + (divide(tiles[k], tl.full([1, 1], ROOT, tl.float32), FUSED),)
-    return scaled
+    return tiles
 
 
 @triton.jit

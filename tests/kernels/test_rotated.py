@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from ib_kernels.rotated import GAUSSIAN_STEP, ROTATED, rotate
+from ib_kernels.rotated import GAUSSIAN_STEP, ROTATED, block_size, hadamard
 
 # Mean squared error of the optimal uniform quantizer of N(0, 1).
 GAUSSIAN_DISTORTION = {2: 0.11885, 3: 0.03744, 4: 0.01154, 8: 8.769e-5}
@@ -16,8 +16,8 @@ def roundtrip(quantizer, x, lengths, bits):
 
 @pytest.mark.parametrize("head_dim", [1, 5, 8, 20, 96, 128])
 def test_rotation_is_block_hadamard_orthonormal_and_its_own_inverse(head_dim):
-    matrix = rotate(torch.eye(head_dim))
-    block = head_dim & -head_dim
+    block = block_size(head_dim)
+    matrix = hadamard(torch.eye(head_dim)) / block**0.5
     assert torch.equal(matrix, matrix.T)
     torch.testing.assert_close(matrix @ matrix, torch.eye(head_dim))
     blocks = torch.block_diag(*[torch.ones(block, block)] * (head_dim // block))
@@ -27,7 +27,7 @@ def test_rotation_is_block_hadamard_orthonormal_and_its_own_inverse(head_dim):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rows_rotate_alike_in_any_batch(head_dim):
     x = torch.randn(33, head_dim)
-    assert torch.equal(rotate(x)[7:9], rotate(x[7:9]))
+    assert torch.equal(hadamard(x)[7:9], hadamard(x[7:9]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
