@@ -76,7 +76,7 @@ def time_packed(case: Case, fmt: str, bits: int, skewed: bool) -> Measured:
         for layer in packed:
             attend(query, [layer], window, case.head_dim**-0.5, step=step)
 
-    return Measured(graph_milliseconds(call) / len(packed), nbytes)
+    return Measured.of_graphs(graph_milliseconds(call), len(packed), nbytes)
 
 
 def attend(query: Tensor, parts: list[Packed], window: Window, scaling: float, step: Plan | None = None) -> tuple[Tensor, Tensor]:
@@ -127,12 +127,12 @@ def time_sdpa(case: Case, backend: SDPBackend | None, rows: bool) -> Measured:
             scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
 
     if backend is None:
-        return Measured(graph_milliseconds(call) / len(layers), case.bf16_bytes)
+        return Measured.of_graphs(graph_milliseconds(call), len(layers), case.bf16_bytes)
     if not torch.cuda.is_available():
         raise NotRunError("needs a CUDA GPU")
     try:
         with sdpa_kernel(backend):
-            return Measured(graph_milliseconds(call) / len(layers), case.bf16_bytes)
+            return Measured.of_graphs(graph_milliseconds(call), len(layers), case.bf16_bytes)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -152,7 +152,7 @@ def time_flash_attn(case: Case, package: str) -> Measured:
         for keys, values in layers:
             flash(query, keys, values)
 
-    return Measured(graph_milliseconds(call) / len(layers), case.bf16_bytes)
+    return Measured.of_graphs(graph_milliseconds(call), len(layers), case.bf16_bytes)
 
 
 def random_layers(case: Case, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:

@@ -124,7 +124,7 @@ def time_stream(smoke: bool) -> Measured:
 
     x = random_numbers(2**16 if smoke else STREAM_BYTES)
     largest = torch.empty(x.numel() // BLOCK, dtype=torch.int32, device=x.device)
-    return Measured(graph_milliseconds(lambda: read_stream(x, largest)), x.nbytes)
+    return Measured.of_graphs(graph_milliseconds(lambda: read_stream(x, largest)), 1, x.nbytes)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ TYPES = {
     "rows": "*i64",
     "sums": "*fp64",
     **dict.fromkeys(("scaling", "softcap"), "fp32"),
-    **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence", "size"), "i32"),
-    **dict.fromkeys(("length", "batch_stride", "head_stride", "token_stride"), "i32:16"),
+    **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence", "size", "length"), "i32"),
+    **dict.fromkeys(("batch_stride", "head_stride", "token_stride"), "i32:16"),
 }
 
 
@@ -149,8 +149,7 @@ def other_variants(head_dim: int) -> Iterator[Variant]:
 def variants(capability: int, head_dim: int, bits: tuple[int, ...]) -> Iterator[Variant]:
     """What a cache of this head dimension and these precisions launches.
 
-    Queries of fp16 stand for those of bf16 as well, and a count that is 1 or a length that is no multiple of 16, for which
-    Triton compiles again, for others: they change no loop.
+    Queries of fp16 stand for those of bf16 as well: they change no loop.
     """
     for fmt, key_bits, value_bits in product(("rotated", "kivi"), bits, bits):
         yield from attention_variants(capability, head_dim, fmt, key_bits, value_bits)

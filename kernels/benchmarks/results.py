@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite, nan
 from pathlib import Path
+from statistics import median
 
 # Shape and context that the targets are for: Llama-3.1-8B, four query heads to a KV head, 128K tokens.
 TARGET_CASE = "context 131072 group 4"
@@ -25,6 +26,13 @@ class Measured:
     nbytes: int
     peak_bytes: int = 0
     note: str = ""
+
+    @classmethod
+    def of_graphs(cls, milliseconds: list[float], layers: int, nbytes: int) -> Measured:
+        """The median of several graphs, each of which goes through `layers`, and the range if it is wide."""
+        times = [some / layers for some in milliseconds]
+        least, most = min(times), max(times)
+        return cls(median(times), nbytes, note=f"{least:.4g} to {most:.4g} ms" if most > 1.03 * least else "")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 SAMPLES = 25
+GRAPHS = 5
 WORKING_SETS = 5.5  # what is read between two uses of the same bytes, in sizes of the last-level cache
 STREAM_BYTES = 2**32
 BLOCK = 4096  # numbers that a program of the read-only stream reads
@@ -32,10 +33,10 @@ def copies_beyond_cache(nbytes: int) -> int:
     return max(1, -(-int(WORKING_SETS * torch.cuda.get_device_properties(0).L2_cache_size) // nbytes))
 
 
-def graph_milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call, captured in a CUDA graph and replayed."""
+def graph_milliseconds(call: Callable[[], object]) -> list[float]:
+    """Median time of a call in each of several CUDA graphs: how a graph comes to be scheduled can cost it a tenth."""
     if not torch.cuda.is_available():
-        return _clock_milliseconds(call)
+        return [_clock_milliseconds(call)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -43,6 +44,10 @@ def graph_milliseconds(call: Callable[[], object]) -> float:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    return [_one_graph_milliseconds(call) for _ in range(GRAPHS)]
+
+
+def _one_graph_milliseconds(call: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()

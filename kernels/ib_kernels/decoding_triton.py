@@ -122,7 +122,7 @@ def programs_per_core(packed: Packed, capability: int) -> int:
     return 4 * (REGISTERS // registers) // launch["num_warps"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def attend_kernel(
     query,
     shifts,

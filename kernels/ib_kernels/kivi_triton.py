@@ -74,7 +74,7 @@ def _pack(kernel: Any, x: Tensor, rows: Tensor, groups: Tensor, scale: Tensor, m
     return {"words": words, "scale": scale, "minimum": minimum}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "heads", "length"])
 def pack_keys_kernel(
     x,
     rows,
@@ -112,7 +112,7 @@ def pack_keys_kernel(
         tl.store(minimum + group * D + d, base, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "heads", "length"])
 def pack_values_kernel(
     x,
     rows,

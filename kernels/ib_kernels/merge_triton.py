@@ -47,7 +47,7 @@ def variant(head_dim: int, bias: bool, window: bool, rotated: bool) -> tuple[dic
     return constants(head_dim) | flags, {"num_warps": max(4, triton.next_power_of_2(head_dim) // 32), "num_stages": 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def merge_kernel(
     slots,
     rotated,

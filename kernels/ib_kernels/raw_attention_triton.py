@@ -101,7 +101,7 @@ def variant(head_dim: int, softcap: bool, window: bool, mask: bool) -> tuple[dic
     return constants, {"num_warps": 8 if wide else 4, "num_stages": 2}
 
 
-@triton.jit(do_not_specialize=["window", "mask_stride"])  # which change from step to step
+@triton.jit(do_not_specialize=["R", "window", "positions", "mask_stride"])
 def raw_kernel(
     query,
     keys,

@@ -98,7 +98,7 @@ def mean_constants(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "C": 16, "N": 256, "MOST": CENTRE_TOKENS}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length"])
 def pack_kernel(
     x,
     rows,
@@ -282,7 +282,7 @@ def gaussian_step(squares, FACTOR: tl.constexpr):
     return tl.minimum(step, FP16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "length"])
 def mean_kernel(
     x,
     rows,

@@ -31,7 +31,7 @@ def constants(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BLOCK": head_dim & -head_dim}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rotate_query_kernel(query, pairs, centre, rotated, shifts, R, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
     run, r = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, DP)
