@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
 REGISTERS = 16384  # of each of the four parts of a GPU core; a warp stays in one
+RESERVED_BYTES = 1024  # of shared memory, by CUDA for each program
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
 
@@ -114,12 +116,43 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
     return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
 
 
-def programs_per_core(packed: Packed, capability: int) -> int:
-    """How many programs of a decode step's attention to a part a GPU core holds, by the registers that they may use."""
-    precision = (packed.key_bits, packed.value_bits)
-    launch = options(variant(packed.format, packed.head_dim, *precision, 1, torch.bfloat16, False), capability)
+@cache
+def programs_per_core(fmt: str, head_dim: int, key_bits: int, value_bits: int, device: torch.device) -> int:
+    """How many programs of a decode step's attention a GPU core runs at a time."""
+    query = torch.float32 if fmt == "rotated" else torch.bfloat16
+    selected = variant(fmt, head_dim, key_bits, value_bits, 1, query, False)
+    properties = torch.cuda.get_device_properties(device)
+    launch = options(selected, 10 * properties.major + properties.minor)
+    numbers, words = torch.float16, torch.int16
+    tensors = (
+        query,
+        query,
+        torch.int32,
+        words,
+        numbers,
+        numbers,
+        words,
+        numbers,
+        numbers,
+        torch.int32,
+        torch.float32,
+        torch.float32,
+    )
+    with torch.cuda.device(device):
+        compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **selected, **launch, ASM=ASSEMBLY, grid=(1,))
+    return programs_that_fit(launch, compiled.metadata.shared, properties.shared_memory_per_multiprocessor)
+
+
+def programs_that_fit(launch: dict[str, Any], shared_bytes: int, core_bytes: int) -> int:
+    """How many programs the registers of a GPU core hold, and its shared memory.
+
+    An H100 may give programs 196 of the 228 KB and leave the rest to its cache. One program too many for that would start when
+    the others have ended.
+    """
     registers = 32 * (-(-launch["maxnreg"] // 8) * 8)  # of a warp
-    return 4 * (REGISTERS // registers) // launch["num_warps"]
+    by_registers = 4 * (REGISTERS // registers) // launch["num_warps"]
+    by_memory = core_bytes * 7 // 8 // (shared_bytes + RESERVED_BYTES)
+    return max(1, min(by_registers, by_memory))
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -74,14 +74,14 @@ def is_rotated(part: Packed) -> bool:
 
 
 def _items_that_fill(part: Packed) -> int:
-    """As many as the GPU runs at a time, which its registers limit."""
+    """As many as the GPU runs at a time, which its registers and shared memory limit."""
     device = part.lengths.device
     if device.type != "cuda":
         return 4  # under the interpreter; any number would do
-    from ib_kernels.decoding_triton import capability, programs_per_core
+    from ib_kernels.decoding_triton import programs_per_core
 
-    raw = part.key_bits == RAW_BITS
-    per_core = RAW_ITEMS_PER_CORE if raw else programs_per_core(part, capability(part.lengths))
+    precision = part.key_bits, part.value_bits
+    per_core = RAW_ITEMS_PER_CORE if RAW_BITS in precision else programs_per_core(part.format, part.head_dim, *precision, device)
     return per_core * torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -4,14 +4,20 @@
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from ahead_of_time import MachineCode, compile_for, instructions
 from compile import BITS, CAPABILITIES, faults, variants
+from ib_kernels.decoding_triton import programs_per_core, programs_that_fit
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 CHOSEN = [
     "attend rotated k4 v4 d128 rows 8 float32",
@@ -62,6 +68,37 @@ def test_every_kind_of_fault_is_found():
     assert faults(variant, replace(good, program=Counter(LDGSTS=1))) == ["no matrix instructions"]
     assert faults(variant, replace(good, program=Counter(HMMA=1))) == ["no asynchronous copies"]
     assert "instructions per element" in faults(variant, replace(good, loop=Counter(HMMA=4, FADD=1)))[0]
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared_bytes", "core_bytes", "programs"),
+    [
+        (128, 1, 8000, 228 << 10, 16),
+        (168, 1, 8000, 228 << 10, 12),
+        (255, 1, 8000, 228 << 10, 8),
+        (255, 2, 8000, 228 << 10, 4),
+        (128, 1, 12352, 228 << 10, 15),
+        (128, 1, 12352, 164 << 10, 10),
+        (128, 1, 90000, 100 << 10, 1),
+    ],
+)
+def test_registers_and_shared_memory_limit_the_programs_of_a_core(registers, warps, shared_bytes, core_bytes, programs):
+    launch = {"num_warps": warps, "num_stages": 3, "maxnreg": registers}
+    assert programs_that_fit(launch, shared_bytes, core_bytes) == programs
+
+
+def test_the_programs_of_a_core_are_those_of_what_is_compiled(monkeypatch):
+    """The driver that Triton asks for the GPU, and PyTorch's properties of it, without one: nothing is launched."""
+    gpu = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
+    )
+    h100 = SimpleNamespace(major=9, minor=0, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(driver, "_active", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    variant = find("attend rotated k4 v4 d128 rows 8 float32", 90)
+    expected = programs_that_fit(variant.options, compiled(variant, 90).shared_bytes, 228 << 10)
+    assert programs_per_core.__wrapped__("rotated", 128, 4, 4, torch.device("cuda", 0)) == expected == 15
 
 
 def test_instructions_of_the_longest_loop():
