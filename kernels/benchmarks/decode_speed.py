@@ -78,7 +78,7 @@ def time_cache(case: Case, make: Callable[[PreTrainedModel], Cache]) -> Measured
 @cache
 def compile_kernels(make: Callable[[PreTrainedModel], Cache]) -> None:
     """A short prompt, and as many tokens as it takes until some leave the window."""
-    llm = model(small=False)
+    llm = model(False)
     held = make(llm)
     step(llm, torch.zeros(1, 256, dtype=torch.int64, device=device()), held)
     for _ in range(PINNED.flush + 1):
@@ -95,7 +95,7 @@ def step(llm: PreTrainedModel, ids: Tensor, held: Cache) -> Tensor:
 
 
 @cache
-def model(small: bool) -> LlamaForCausalLM:
+def model(small: bool, /) -> LlamaForCausalLM:
     """Random weights: bf16 in the shape of Llama-3.1-8B, or two small layers."""
     if small:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
