@@ -45,9 +45,11 @@ def attend(
     """
     rows = query.shape[1]
     precision = (packed.key_bits, packed.value_bits)
-    selected = variant(packed.format, packed.head_dim, *precision, rows, query.dtype, softcap is not None)
+    selected, launch = _launch(
+        packed.format, packed.head_dim, *precision, rows, query.dtype, softcap is not None, capability(query)
+    )
     minimum = "minimum" if packed.format == "kivi" else "scale"
-    attend_kernel[(items.shape[0], triton.cdiv(rows, selected["M"]))](
+    attend_kernel[(items.shape[0], -(-rows // selected["M"]))](
         query,
         shifts,
         packed.pairs,
@@ -60,9 +62,18 @@ def attend(
         1.0 if softcap is None else softcap,
         rows,
         **selected,
-        **options(selected, capability(query)),
+        **launch,
         ASM=ASSEMBLY,
     )
+
+
+@cache
+def _launch(
+    fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool, capability: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`variant` and its `options`, which every layer asks for in every step."""
+    selected = variant(fmt, head_dim, key_bits, value_bits, rows, dtype, softcap)
+    return selected, options(selected, capability)
 
 
 def capability(tensor: Tensor) -> int:

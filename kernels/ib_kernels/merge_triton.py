@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -41,6 +42,7 @@ def merge_slots(
     )
 
 
+@cache
 def variant(head_dim: int, bias: bool, window: bool, rotated: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants that select one compiled variant of `merge_kernel`, and how to launch it."""
     flags = {"BIAS": bias, "WINDOW": window, "ROTATED": rotated, "S": SLOTS}

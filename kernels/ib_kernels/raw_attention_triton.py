@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _launch(
     rows, head_dim = query.shape[1:]
     selected, options = variant(head_dim, softcap is not None, window > 0, mask is not None)
     shared = mask is not None and mask.shape[0] == 1
-    raw_kernel[(programs, triton.cdiv(rows, selected["M"]))](
+    raw_kernel[(programs, -(-rows // selected["M"]))](
         query,
         keys,
         values,
@@ -86,6 +87,7 @@ def _launch(
     )
 
 
+@cache
 def variant(head_dim: int, softcap: bool, window: bool, mask: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants that select one compiled variant of `raw_kernel`, and how to launch it."""
     wide = head_dim > 128

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ def rotate_query(packed: Packed, query: Tensor) -> tuple[Tensor, Tensor]:
     return rotated, shifts
 
 
+@cache
 def constants(head_dim: int) -> dict[str, int]:
     """Arguments of a kernel that rotates: the head dimension, its padding, and the size of a block."""
     return {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BLOCK": head_dim & -head_dim}
