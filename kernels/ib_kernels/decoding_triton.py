@@ -118,7 +118,8 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
             return {"num_warps": 1, "num_stages": 2, "maxnreg": 255}
         fewest = selected["N"] == 32 and head_dim <= 128 and capability < 100
         return {"num_warps": 1, "num_stages": 3 if head_dim <= 128 else 2, "maxnreg": 128 if fewest else 168}
-    if head_dim > 128 or (selected["KB"] == 3 and odd):
+    small = not (selected["SPLIT"] or selected["SOFTCAP"] or 3 in bits or bits == (8, 8)) and capability < 100
+    if head_dim > 128 or (odd and not small):
         return {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])

@@ -22,7 +22,7 @@ from ib_kernels.rotated import CENTRE_TOKENS, GAUSSIAN_STEP, block_size
 from torch import Tensor
 
 TOKENS = 32  # that a program packs or unpacks, a power of two
-WARPS = 1  # of such a program, twice as many for more than 128 channels
+WARPS = 1  # of such a program, more of them for more than 128 channels
 MEAN_OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
@@ -89,8 +89,13 @@ def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
 
 def options(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
-    warps = WARPS if head_dim <= 128 else 2 * WARPS  # two threads share a token that is too large for the registers of one
-    return {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if dtype == torch.float32 else None, "enable_fp_fusion": False}
+    shares = 1 if head_dim <= 128 else 4 if dtype == torch.float32 else 2  # of a token too large for the registers of a thread
+    return {
+        "num_warps": shares * WARPS,
+        "num_stages": 3,
+        "maxnreg": 255 if dtype == torch.float32 else None,
+        "enable_fp_fusion": False,
+    }
 
 
 def mean_constants(head_dim: int) -> dict[str, int]:
