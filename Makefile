@@ -50,8 +50,8 @@ bench-gpu: test-gpu
 	$(BIN)/python kernels/benchmarks/bench_gpu.py --csv kernels/benchmarks/gpu.csv --table kernels/benchmarks/gpu.md
 
 lint: setup
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES) notebooks
+	$(BIN)/ruff format --check $(SOURCES) notebooks
 	$(BIN)/mypy $(SOURCES)
 
 clean:

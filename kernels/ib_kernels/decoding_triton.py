@@ -120,7 +120,8 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
         return {"num_warps": 1, "num_stages": 3 if head_dim <= 128 else 2, "maxnreg": 128 if fewest else 168}
     small = not (selected["SPLIT"] or selected["SOFTCAP"] or 3 in bits or bits == (8, 8)) and capability < 100
     if head_dim > 128 or (odd and not small):
-        return {"num_warps": 2, "num_stages": 2, "maxnreg": 255}
+        single = odd and bits == (2, 3) and selected["SPLIT"]
+        return {"num_warps": 2, "num_stages": 1 if single else 2, "maxnreg": 255}
     if selected["KB"] == 3:
         two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
         return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
