@@ -34,12 +34,13 @@ demo: setup
 # Waiting threads sleep: spinning ones, the default, are twice as fast alone but crawl when cores are shared.
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# The tests of the kernels where there is a GPU: those of tests/kernels/interpreted run compiled there, and at more shapes.
+# The tests of the kernels where there is a GPU: those of tests/kernels/interpreted run compiled there, and at more shapes. What
+# takes time is compiling, on all cores.
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a CUDA GPU")'
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest -n auto tests/kernels tests/test_cache_on_gpu.py
 
 # Machine code of every variant of the kernels, for GPUs that are not here. Goes on where it stopped.
 compile: setup
