@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ from torch import Tensor
 from ib_analysis.errors import CorruptFileError
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+def check_writable(path: Path) -> None:
+    """Makes the folder of `path`; raises OSError if no file can be written there, for callers with long work ahead."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+    check_writable(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)

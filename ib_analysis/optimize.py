@@ -18,6 +18,7 @@ from ib_analysis.budget import Budget
 from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
 from ib_analysis.episodes import Episode, make_episodes
 from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
+from ib_analysis.files import check_writable
 from ib_analysis.knapsack import Solution, curve
 from ib_analysis.measurement import best_plan, sample_plans
 from ib_analysis.objectives import OBJECTIVES, USABLE, objective_tables
@@ -151,6 +152,8 @@ def prepare(
             stacklevel=2,
         )
     path = None if profile_path is None else Path(profile_path)
+    if path is not None:
+        check_writable(path)
     calibration = Replays(model, shape, pinned, scorer, calibrating)
     profile = calibrate(
         calibration,

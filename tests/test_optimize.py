@@ -174,6 +174,17 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
 
 
+def test_a_profile_that_cannot_be_written_is_refused_before_the_work(embedded, tmp_path, monkeypatch):
+    def work(*arguments, **named):
+        raise AssertionError("the profile's path was not looked at first")
+
+    monkeypatch.setattr("ib_analysis.optimize.Replays", work)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "profile.safetensors"):
+        with pytest.raises(OSError, match=str(path) if path.is_dir() else "file"):
+            optimal_allocation(embedded[0], 1 / 8, prompts=mixture("tests", 3, 128), tokenizer=embedded[1], profile_path=path)
+
+
 def test_a_model_trained_further_is_priced_again(bench, embedded, tmp_path):
     model, _ = embedded
     path = tmp_path / "profile.safetensors"
