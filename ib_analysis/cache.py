@@ -244,7 +244,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
                 f"cannot crop {-tokens_to_remove} tokens: only the {window} newest are not compressed; "
                 "use an allocation with a longer window, or fill the cache again"
             )
-        self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
+        kept = slice(None, tokens_to_remove)  # copied: a view would keep the forgotten tokens in memory
+        self.keys, self.values = self.keys[:, :, kept].clone(), self.values[:, :, kept].clone()
         self.cumulative_length += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -62,17 +63,21 @@ def make_episodes(
 
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
-    Raises CalibrationError if there are no prompts, or if one is too short, has an empty part or tokens of another model, and
-    for a seed that is no whole number from 0 to 2**31 - 1.
+    Raises CalibrationError if the model is in training mode, if there are no prompts, or if one is too short, has an empty part
+    or tokens of another model, and for a seed that is no whole number from 0 to 2**31 - 1.
     """
+    if model.training:
+        raise CalibrationError("the model is in training mode, where dropout is measured as loss: call model.eval() first")
+    if isinstance(prompts, str):
+        raise CalibrationError("prompts is one text, which would be read as many of a letter each: pass a list of texts")
     if len(prompts) == 0:
         raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise CalibrationError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
     drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
     for number, draft in enumerate(drafts):
         _check(draft, number, model)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(int(seed))
     for turn in range(max(len(draft.turns) for draft in drafts)):
         asking = [draft for draft in drafts if turn < len(draft.turns)]
         asking.sort(key=lambda draft: len(draft.so_far))

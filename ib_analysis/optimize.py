@@ -98,11 +98,13 @@ def optimal_allocation(
     check_name("scorer", scorer, SCORERS)
     check_name("objective", objective, (USABLE, *OBJECTIVES))
     shape = cache_shape(model.config)
-    if budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
+    if budget.unit != "tokens" and budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, shape, scorer, objective)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
     length = int(np.median([len(episode.prefill) for episode in episodes]))
     share = budget.as_share(shape.bytes_per_token, length)
+    if share == 1:
+        return full_allocation(model, shape, scorer, objective)
     bench = prepare(model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path)
     return allocate(bench, share, objective)
 

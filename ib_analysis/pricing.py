@@ -64,11 +64,11 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
         cache = cache_argument(replay.model, Cache(layers=layers))
         logits = replay.model(followup[None], **cache).logits[0, replay.episode.predicting]
         log_probs = logits.float().log_softmax(-1)
-    drawn = torch.multinomial(log_probs.detach().exp(), SAMPLES, replacement=True, generator=generator)  # [Y, S]
-    gradients = [
-        torch.autograd.grad(log_probs.gather(1, drawn[:, s : s + 1]).sum(), list(probes.values()), retain_graph=True)
-        for s in range(SAMPLES)
-    ]
+        drawn = torch.multinomial(log_probs.detach().exp(), SAMPLES, replacement=True, generator=generator)  # [Y, S]
+        gradients = [
+            torch.autograd.grad(log_probs.gather(1, drawn[:, s : s + 1]).sum(), list(probes.values()), retain_graph=True)
+            for s in range(SAMPLES)
+        ]
     stacked = {i: torch.cat([sample[n] for sample in gradients]).float() for n, i in enumerate(probes)}
     return {i: layer for i, layer in enumerate(layers) if isinstance(layer, ReplayLayer)}, stacked
 

@@ -263,6 +263,9 @@ def test_beams_crop_and_reset():
         cache.reorder_cache(torch.tensor([2, 0, 1]))
     torch.testing.assert_close(again, once.expand(3, -1, -1), atol=1e-4, rtol=0)
     assert cache.nbytes == 3 * plans_nbytes(shape, plans, PINNED, cache.get_seq_length())
+    cache.crop(-1)
+    windows = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert all(window.untyped_storage().nbytes() == window.nbytes for window in windows)
     with pytest.raises(ValueError, match="not compressed"):
         cache.crop(-30)
     cache.reset()

@@ -74,6 +74,14 @@ def test_prices_of_a_16_bit_model_are_those_of_its_weights_in_32(dtype, small_ll
     assert spearmanr(prices[0], prices[1]).statistic > 0.9
 
 
+def test_a_caller_without_gradients(small_llama, small_prompts):
+    episode = make_episodes(small_llama, None, small_prompts[:1])[0]
+    replay = Replay(small_llama, cache_shape(small_llama.config), PINNED, SCORERS["value_aware"], episode)
+    expected = gradient_prices(replay, OPTIONS[::7], torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(gradient_prices(replay, OPTIONS[::7], torch.Generator().manual_seed(0)), expected)
+
+
 def test_chunks_of_heads_change_nothing(embedded, monkeypatch):
     replay = replay_of(embedded, "needles")
     whole = gradient_prices(replay, OPTIONS[::30], torch.Generator().manual_seed(1))

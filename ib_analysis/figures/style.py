@@ -44,7 +44,10 @@ def new_figure(columns: int, width_inches: float, height_inches: float) -> Figur
 
 def save_figure(figure: Figure, table: pd.DataFrame, stem: Path) -> None:
     """Writes stem.pdf, stem.png and stem.csv; the same figure gives the same bytes."""
+    suffixes = (".pdf", ".png", ".csv")
+    name = stem.stem if stem.suffix in suffixes else stem.name  # budget_0.125 is a whole name
+    pdf, png, csv = (stem.with_name(name + suffix) for suffix in suffixes)
     with mpl.rc_context(RC):
-        write_whole(stem.with_suffix(".pdf"), lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
-        write_whole(stem.with_suffix(".png"), lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
-    write_whole(stem.with_suffix(".csv"), lambda path: table.to_csv(path, index=False))
+        write_whole(pdf, lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
+        write_whole(png, lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
+    write_whole(csv, lambda path: table.to_csv(path, index=False))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from matplotlib.container import ErrorbarContainer
 
 from ib_analysis.figures.style import save_figure
@@ -33,3 +34,9 @@ def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
         contents.append([(tmp_path / f"figure.{kind}").read_bytes() for kind in ("pdf", "png", "csv")])
     assert contents[0] == contents[1]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figure.csv"), TABLE)
+
+
+@pytest.mark.parametrize(("given", "stem"), [("budget_0.125", "budget_0.125"), ("budget.png", "budget")])
+def test_names_with_dots(tmp_path, given, stem):
+    save_figure(plot_tradeoff(TABLE), TABLE, tmp_path / given)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.pdf", f"{stem}.png", f"{stem}.csv"}
