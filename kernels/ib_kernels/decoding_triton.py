@@ -1,4 +1,4 @@
-"""Attention over packed tokens. One program of one warp takes the tokens of an item, 32 or 64 at a time.
+"""Attention over packed tokens. A program of one warp, or of two, takes the tokens of an item, 32 or 64 at a time.
 
 S^T = K q^T and O^T = V^T p^T, so that the few query rows are the narrow side of the matrix instructions. Codes enter them as
 they are: the key scale of a channel is folded into the query (kivi), or that of a token into the logits (rotated), and the
@@ -27,6 +27,8 @@ LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
 REGISTERS = 16384  # of each of the four parts of a GPU core; a warp stays in one
 RESERVED_BYTES = 1024  # of shared memory, by CUDA for each program
+SHARED_UNIT_BYTES = 128  # that CUDA gives shared memory in
+SECOND_SHARED_KB = {228: 196, 164: 132, 100: 64}  # the largest share of a core's memory but one that CUDA gives to programs
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
 SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
 
@@ -153,18 +155,21 @@ def programs_per_core(fmt: str, head_dim: int, key_bits: int, value_bits: int, d
     )
     with torch.cuda.device(device):
         compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **selected, **launch, ASM=ASSEMBLY, grid=(1,))
-    return programs_that_fit(launch, compiled.metadata.shared, properties.shared_memory_per_multiprocessor)
+    shared_bytes = 0 if compiled is None else compiled.metadata.shared  # None under the interpreter
+    return programs_that_fit(launch, shared_bytes, properties.shared_memory_per_multiprocessor)
 
 
 def programs_that_fit(launch: dict[str, Any], shared_bytes: int, core_bytes: int) -> int:
     """How many programs the registers of a GPU core hold, and its shared memory.
 
-    An H100 may give programs 196 of the 228 KB and leave the rest to its cache. One program too many for that would start when
-    the others have ended.
+    CUDA may leave a part of the memory to the core's cache, on an H100 32 of the 228 KB. One program too many for what is left
+    would start when the others have ended.
     """
     registers = 32 * (-(-launch["maxnreg"] // 8) * 8)  # of a warp
     by_registers = 4 * (REGISTERS // registers) // launch["num_warps"]
-    by_memory = core_bytes * 7 // 8 // (shared_bytes + RESERVED_BYTES)
+    program_bytes = -(-(shared_bytes + RESERVED_BYTES) // SHARED_UNIT_BYTES) * SHARED_UNIT_BYTES
+    core_kb = core_bytes >> 10
+    by_memory = (SECOND_SHARED_KB.get(core_kb, core_kb) << 10) // program_bytes
     return max(1, min(by_registers, by_memory))
 
 

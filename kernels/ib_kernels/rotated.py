@@ -83,7 +83,7 @@ def hadamard(x: Tensor) -> Tensor:
     result, depends on N; on columns, because these are long.
     """
     tokens, head_dim = x.shape
-    columns, spare = x.t().contiguous(), x.new_empty(head_dim, tokens)
+    columns, spare = x.t().clone(memory_format=torch.contiguous_format), x.new_empty(head_dim, tokens)
     half = 1
     while half < block_size(head_dim):
         pairs, rotated = (x.view(head_dim // (2 * half), 2, half, tokens) for x in (columns, spare))

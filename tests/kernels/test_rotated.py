@@ -30,6 +30,13 @@ def test_rows_rotate_alike_in_any_batch(head_dim):
     assert torch.equal(hadamard(x)[7:9], hadamard(x[7:9]))
 
 
+def test_rotation_leaves_its_argument_alone():
+    x = torch.randn(1, 16)
+    given = x.clone()
+    hadamard(x).zero_()
+    assert torch.equal(x, given)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_distortion_of_a_gaussian_is_the_least_of_a_uniform_quantizer(bits):
     generator = torch.Generator().manual_seed(0)
