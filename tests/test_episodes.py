@@ -107,7 +107,7 @@ def test_a_model_in_training_mode_is_refused(small_llama, small_prompts):
 
 def test_one_text_is_no_list_of_texts(embedded):
     with pytest.raises(CalibrationError, match="a list of texts"):
-        make_episodes(*embedded, "The farmer sold the red apple to the old sailor. " * 9)
+        make_episodes(embedded[0], embedded[1], "The farmer sold the red apple to the old sailor. " * 9)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "7", True])

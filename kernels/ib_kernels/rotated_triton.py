@@ -1,7 +1,8 @@
 """The rotated format on a GPU: quantize and pack, and unpack. A program takes up to 32 tokens of a run.
 
 Every step of the arithmetic is the one of `rotated` in plain torch, in the same order, so the bits agree.
-A thread holds a whole token, or a part of a large one, as a tuple of tiles of C channels: most butterflies, and all packing, stay within its registers.
+A thread holds a whole token, or a part of a large one, as a tuple of tiles of C channels: most butterflies, and all packing,
+stay within its registers.
 """
 
 
