@@ -51,7 +51,7 @@ class Allocation:
     price_sum_bits: float  # sum of the heads' prices: by the "usable" objective the losses of compressing each of them alone
     predicted_loss_bits: float  # loss of compressing all of them, measured on all prompts that it was made with
     solver_gap: float  # how far the knapsack's solution may be above the least sum of prices, relative to it
-    dual_bound: float  # no choice of measured options within the budget has a smaller sum of prices
+    dual_bound: float  # no choice of the options that the knapsack had within the budget has a smaller sum of prices
     validation: Measurement | None  # on the prompts that decided, a third of all; after `validate` on those passed to it
     budget_curve: tuple[tuple[float, float], ...] = ()  # (share of the full cache, sum of prices in bits)
     objective: str = "usable"  # what prices are losses of; other objectives count bits per context token, not predicted token
@@ -219,7 +219,7 @@ class Allocation:
             f"pinned at 16 bits: {self.pinned.sinks} sinks, {self.pinned.window} to "
             f"{self.pinned.window + self.pinned.flush - 1} recent tokens",
             f"predicted loss {self.predicted_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
-            f"{self.price_sum_bits:.4g}, dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
+            f"{self.price_sum_bits:.4g}; the knapsack's dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
         ]
 
 

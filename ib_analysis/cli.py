@@ -35,6 +35,9 @@ def main() -> None:
     except (IBAnalysisError, OSError) as error:
         print(f"ib-analysis: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("ib-analysis: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,3 +219,7 @@ def read_prompts(path: Path) -> list[str]:
             raise CalibrationError(f"line {number} of {path} has a text of type {type(text).__name__}")
         texts.append(text)
     return texts
+
+
+if __name__ == "__main__":
+    main()

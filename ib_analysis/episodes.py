@@ -8,7 +8,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.attention import cache_argument
 from ib_analysis.errors import CalibrationError
@@ -61,6 +61,8 @@ def make_episodes(
 ) -> list[Episode]:
     """Tokenizes prompts and samples every turn's answer from the full model at temperature 1.
 
+    The tokenizer is by default the one saved with the model.
+
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
     Raises CalibrationError if the model is in training mode, if there are no prompts, or if one is too short, has an empty part
@@ -74,6 +76,8 @@ def make_episodes(
         raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise CalibrationError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
+    if tokenizer is None and any(isinstance(prompt, (str, Prompt)) for prompt in prompts):
+        tokenizer = _saved_tokenizer(model)
     drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
     for number, draft in enumerate(drafts):
         _check(draft, number, model)
@@ -89,16 +93,24 @@ def make_episodes(
     return [_episode(draft, question_aware, model.device) for draft in drafts]
 
 
+def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"no tokenizer lies beside the model {model.name_or_path!r}: pass tokenizer=, or prompts as token-id tensors"
+        ) from error
+    return tokenizer
+
+
 def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | None, number: int) -> _Draft:
     if isinstance(prompt, Prompt):
-        if tokenizer is None:
-            raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
+        assert tokenizer is not None
         context = list(tokenizer(prompt.context).input_ids) if prompt.context else []
         turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns]
         return _Draft(prompt.task, context, turns, prompt.chance > 0, [])
     if isinstance(prompt, str):
-        if tokenizer is None:
-            raise CalibrationError("prompts are text but there is no tokenizer: pass tokenizer=, or token-id tensors")
+        assert tokenizer is not None
         ids = list(tokenizer(prompt).input_ids)
     elif isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         ids = prompt.tolist()

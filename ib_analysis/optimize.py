@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.allocation import Allocation, minimum_context
 from ib_analysis.budget import Budget
@@ -255,28 +255,15 @@ def episodes_for(
     seed: int,
     count: int,
 ) -> list[Episode]:
-    """Episodes of these prompts, by default of `count` of the package's own; and the tokenizer saved with the model."""
+    """Episodes of these prompts, by default of `count` of the package's own."""
     if prompts is None:
         prompts = mixture(f"calibration {seed}", count, PROMPT_LENGTH)
-    needs_tokenizer = any(isinstance(prompt, (str, Prompt)) for prompt in prompts)
-    if needs_tokenizer and tokenizer is None:
-        tokenizer = _saved_tokenizer(model)
     return make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
 
 
 def check_name(what: str, name: str, names: Collection[str]) -> None:
     if name not in names:
         raise UnknownNameError(f"there is no {what} {name!r}: use one of {', '.join(names)}")
-
-
-def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"no tokenizer lies beside the model {model.name_or_path!r}: pass tokenizer=, or prompts as token-id tensors"
-        ) from error
-    return tokenizer
 
 
 def check_lengths(episodes: Sequence[Episode], pinned: Pinned) -> None:

@@ -22,7 +22,20 @@ from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
 from ib_analysis.shape import CacheShape, LayerShape
 
 VERSION = 1
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+# Parts of a config that do not change what a model computes.
+ORIGIN = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+RETURNED = ("use_cache", "output_hidden_states", "output_attentions", "return_dict")
+VOLATILE = (*ORIGIN, *TOKENS, *RETURNED)
 
 
 @dataclass(eq=False)

@@ -1,5 +1,6 @@
 """An allocation as a value: its file, its tables, the models that it fits."""
 
+import copy
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from ib_analysis.errors import CorruptFileError, ProfileMismatchError
 from ib_analysis.files import sealed_json
 from ib_analysis.measurement import Measurement
 from ib_analysis.optimize import allocate, full_allocation
+from ib_analysis.profile import model_fingerprint
 from ib_analysis.shape import cache_shape
 from ib_analysis.tasks.mixture import mixture
 
@@ -103,6 +105,13 @@ def test_full_cache_in_words_and_figures(full, tmp_path):
     assert (drawn.token_share == 1).all() and (drawn.key_bits == 16).all() and (drawn.value_bits == 16).all()
 
 
+def test_a_config_that_computes_the_same_is_no_other_model(allocation, embedded):
+    config = copy.deepcopy(embedded[0].config)
+    config.pad_token_id = 5
+    config.output_hidden_states = True
+    assert model_fingerprint(config) == allocation.model
+
+
 def test_another_model_is_refused(allocation, bench, other_model):
     with pytest.raises(ProfileMismatchError, match="another model"):
         allocation.cache(other_model)
@@ -133,8 +142,8 @@ def test_table_has_every_head_and_its_bytes(allocation):
 
 
 def test_validate_measures_other_prompts(allocation, embedded):
-    model, tokenizer = embedded
-    found = allocation.validate(model, mixture("others", 6, 256), tokenizer=tokenizer)
+    model, _ = embedded
+    found = allocation.validate(model, mixture("others", 6, 256))
     assert found.plans == allocation.plans
     assert found.validation.prompts == 6
     assert found.validation != allocation.validation

@@ -70,7 +70,7 @@ def test_texts_and_token_ids_are_split(embedded):
         ([torch.arange(30), torch.rand(30)], "prompt 1 is Tensor"),
         ([torch.zeros(2, 30, dtype=torch.long)], "prompt 0 is Tensor"),
         ([3], "prompt 0 is int"),
-        (["a text"], "no tokenizer"),
+        (["a text"], "prompt 0 has .* tokens"),
         ([torch.arange(30), torch.full((30,), 99_999)], r"prompt 1 .*token 99999"),
         ([torch.full((30,), -1)], r"prompt 0 .*token -1"),
         ([torch.arange(30).numpy()], r"prompt 0 is ndarray.*torch\.Tensor"),
@@ -103,6 +103,11 @@ def test_empty_text(embedded):
 def test_a_model_in_training_mode_is_refused(small_llama, small_prompts):
     with pytest.raises(CalibrationError, match=r"call model\.eval\(\)"):
         make_episodes(small_llama.train(), None, small_prompts)
+
+
+def test_texts_for_a_model_without_tokenizer(small_llama):
+    with pytest.raises(CalibrationError, match="no tokenizer"):
+        make_episodes(small_llama, None, ["The farmer sold the red apple to the old sailor. " * 9])
 
 
 def test_one_text_is_no_list_of_texts(embedded):
