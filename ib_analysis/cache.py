@@ -244,8 +244,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
                 f"cannot crop {-tokens_to_remove} tokens: only the {window} newest are not compressed; "
                 "use an allocation with a longer window, or fill the cache again"
             )
-        kept = slice(None, tokens_to_remove)  # copied: a view would keep the forgotten tokens in memory
-        self.keys, self.values = self.keys[:, :, kept].clone(), self.values[:, :, kept].clone()
+        # Copied: a view would keep the forgotten tokens in memory.
+        self.keys, self.values = (x[:, :, :tokens_to_remove].clone() for x in (self.keys, self.values))
         self.cumulative_length += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -105,7 +105,7 @@ def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | None, number: int) -> _Draft:
     if isinstance(prompt, Prompt):
-        assert tokenizer is not None
+        assert tokenizer is not None  # make_episodes has looked for one
         context = list(tokenizer(prompt.context).input_ids) if prompt.context else []
         turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns]
         return _Draft(prompt.task, context, turns, prompt.chance > 0, [])

@@ -20,22 +20,26 @@ from ib_analysis.errors import CorruptFileError
 
 def check_writable(path: Path) -> None:
     """Makes the folder of `path`; raises OSError if no file can be written there, for callers with long work ahead."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
-    check_writable(path)
+    _make_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def sealed_json(content: dict[str, Any]) -> str:

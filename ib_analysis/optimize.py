@@ -98,6 +98,7 @@ def optimal_allocation(
     check_name("scorer", scorer, SCORERS)
     check_name("objective", objective, (USABLE, *OBJECTIVES))
     shape = cache_shape(model.config)
+    # A number of tokens is a share of the prompts' length, which is not known yet; all else at 1 needs no prompts.
     if budget.unit != "tokens" and budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, shape, scorer, objective)
     episodes = episodes_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)

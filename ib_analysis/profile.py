@@ -23,19 +23,11 @@ from ib_analysis.shape import CacheShape, LayerShape
 
 VERSION = 1
 # Parts of a config that do not change what a model computes.
-ORIGIN = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
+ORIGIN = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+LABELS = ("id2label", "label2id", "problem_type")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 RETURNED = ("use_cache", "output_hidden_states", "output_attentions", "return_dict")
-VOLATILE = (*ORIGIN, *TOKENS, *RETURNED)
+VOLATILE = (*ORIGIN, *LABELS, *TOKENS, *RETURNED)
 
 
 @dataclass(eq=False)

@@ -218,10 +218,11 @@ def test_bad_budgets(embedded, budget):
         optimal_allocation(embedded[0], budget)
 
 
-def test_tokens_are_a_share_of_the_prompts_that_are_passed(small_llama, small_prompts):
-    found = optimal_allocation(small_llama, Budget.tokens(56, bits=8), prompts=small_prompts)
-    assert found.budget_share == 28 / found.context_length
-    assert optimal_allocation(small_llama, Budget.tokens(found.context_length, bits=16), prompts=small_prompts).is_full
+def test_tokens_are_a_share_of_the_prompts_that_are_passed(small_llama):
+    prompts = list(torch.randint(3, 64, (6, 640)))  # longer than the package's own, of 512
+    found = optimal_allocation(small_llama, Budget.tokens(512, bits=16), prompts=prompts)
+    assert found.context_length > 600 and found.budget_share == 512 / found.context_length
+    assert optimal_allocation(small_llama, Budget.tokens(found.context_length, bits=16), prompts=prompts).is_full
 
 
 def test_a_budget_below_the_minimum_says_the_minimum(bench, embedded):

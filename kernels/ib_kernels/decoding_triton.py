@@ -155,8 +155,7 @@ def programs_per_core(fmt: str, head_dim: int, key_bits: int, value_bits: int, d
     )
     with torch.cuda.device(device):
         compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **selected, **launch, ASM=ASSEMBLY, grid=(1,))
-    shared_bytes = 0 if compiled is None else compiled.metadata.shared  # None under the interpreter
-    return programs_that_fit(launch, shared_bytes, properties.shared_memory_per_multiprocessor)
+    return programs_that_fit(launch, compiled.metadata.shared, properties.shared_memory_per_multiprocessor)
 
 
 def programs_that_fit(launch: dict[str, Any], shared_bytes: int, core_bytes: int) -> int:
