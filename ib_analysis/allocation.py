@@ -22,7 +22,7 @@ from ib_analysis.figures.heads import head_table, plot_heads
 from ib_analysis.figures.style import save_figure
 from ib_analysis.files import number_from_json, read_sealed_json, sealed_json, write_whole
 from ib_analysis.measurement import Measurement, measure_plans
-from ib_analysis.plan import Pinned, Plans, plans_nbytes
+from ib_analysis.plan import LONGEST, Pinned, Plans, plans_nbytes
 from ib_analysis.profile import check_fingerprint, plan_from_json
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, LayerShape
@@ -30,7 +30,6 @@ from ib_analysis.tasks import Prompt
 
 VERSION = 1
 NUMBERS = ("price_sum_bits", "predicted_loss_bits", "solver_gap", "dual_bound")  # that may be NaN, null in JSON
-LONGEST = 8  # budgets are checked up to this many times the calibrated context length
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Allocation:
     plans: Plans
     pinned: Pinned
     scorer: str
-    context_length: int  # of the prompts that it was calibrated on
+    context_length: int  # of the prompts that it was calibrated on, or at which a budget in bytes was to hold if that is shorter
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
     price_sum_bits: float  # sum of the heads' prices: by the "usable" objective the losses of compressing each of them alone
@@ -226,7 +225,7 @@ class Allocation:
 def minimum_context(shape: CacheShape, plans: Plans, pinned: Pinned, share: float, context_length: int) -> int:
     """The shortest length from which on the cache stays within `share` of the full 16-bit cache.
 
-    Checked up to eight times the context length; beyond, the fixed costs are an ever smaller share.
+    Checked up to eight times the context length.
     Raises BudgetError if the cache does not fit even there.
     """
     lengths = np.arange(1, LONGEST * context_length + 1)

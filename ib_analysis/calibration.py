@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ib_analysis.episodes import Episode
-from ib_analysis.errors import BudgetError, CalibrationError
+from ib_analysis.errors import BudgetError, CalibrationError, ProfileMismatchError
 from ib_analysis.knapsack import Solution
 from ib_analysis.options import head_options
 from ib_analysis.parallel import in_order, prompts_at_once
@@ -31,7 +31,7 @@ SETTLED = 0.05
 ROUGH_GAP = 0.1  # of the solutions whose options are measured
 SAVE_EVERY = 8  # prompts
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
-SAME = ("model", "shape", "pinned", "scorer", "settings", "options")  # of a profile that is used again
+SAME = ("model", "shape", "pinned", "scorer", "context_length", "settings", "options")  # of a profile that is used again
 DIGESTED = 256  # elements of each weight
 PINNED_SHARE = 1 / 4  # of the budget, at most
 MOST_SINKS, MOST_WINDOW, MOST_FLUSH = 4, 32, 16
@@ -106,6 +106,7 @@ def calibrate(
     model: PreTrainedModel,
     pinned: Pinned,
     scorer: str,
+    context_length: int,
     *,
     settings: dict[str, Any],
     seed: int = 0,
@@ -114,10 +115,15 @@ def calibrate(
     """A profile with gradient prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
     `settings` say how the prompts were made; a file with other settings, scorer or pinned tokens is overwritten.
+    Raises ProfileMismatchError for the file of another model.
     """
-    profile = _new_profile(replays, model, pinned, scorer, settings | {"seed": seed, "weights": weights_digest(model)})
+    profile = _new_profile(
+        replays, model, pinned, scorer, context_length, settings | {"seed": seed, "weights": weights_digest(model)}
+    )
     if path is not None and path.exists():
         found = Profile.load(path)
+        if (found.model, found.settings["weights"]) != (profile.model, profile.settings["weights"]):
+            raise ProfileMismatchError(f"{path} is the profile of a model with another config or other weights: name another file")
         if all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
     known = profile.priced
@@ -145,7 +151,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, settings: dict[str, Any]) -> Profile:
+def _new_profile(
+    replays: Replays, model: PreTrainedModel, pinned: Pinned, scorer: str, context_length: int, settings: dict[str, Any]
+) -> Profile:
     shape = cache_shape(model.config)
     options = tuple(head_options())
     size = (len(shape.heads), len(options))
@@ -157,7 +165,7 @@ def _new_profile(replays: Replays, model: PreTrainedModel, pinned: Pinned, score
         shape=shape,
         pinned=pinned,
         scorer=scorer,
-        context_length=int(np.median([len(episode.prefill) for episode in replays.episodes])),
+        context_length=context_length,
         prompts=len(replays),
         settings=settings | {"prompts": digest.hexdigest()[:16]},
         options=options,

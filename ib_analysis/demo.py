@@ -98,9 +98,8 @@ def compare(bench: Workbench, held_out: Replays, allocations: list[Allocation]) 
     contenders: list[dict[str, Plans]] = [{"optimal": allocation.plans} for allocation in allocations]
     grids = {}
     for number, allocation in enumerate(allocations):
-        limit_bytes = int(allocation.budget_share * profile.shape.bytes_per_token * profile.context_length)
         for name, policy in POLICIES.items():
-            if cells := policy(profile.shape, profile.pinned, profile.context_length, limit_bytes):
+            if cells := policy(profile.shape, profile.pinned, profile.context_length, allocation.budget_share):
                 grids[number, name.replace("_", "-")] = cells
     best = best_plans(held_out, list(grids.values()), "held-out prompts")
     for ((number, name), cells), index in zip(grids.items(), best):

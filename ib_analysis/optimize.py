@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ib_analysis.allocation import Allocation, minimum_context
+from ib_analysis.allocation import Allocation
 from ib_analysis.budget import Budget
 from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
 from ib_analysis.episodes import Episode, make_episodes
@@ -35,7 +35,6 @@ from ib_analysis.tasks.mixture import mixture
 PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
 PROMPT_LENGTH = 512
-TIGHTEN = 0.995
 REFINED_FROM_BITS = 0.05  # predicted loss from which heads interact enough to be priced together
 
 Prompts = Sequence[Prompt | str | Tensor]
@@ -106,7 +105,16 @@ def optimal_allocation(
     share = budget.as_share(shape.bytes_per_token, length)
     if share == 1:
         return full_allocation(model, shape, scorer, objective)
-    bench = prepare(model, episodes, share, scorer=scorer, question_aware=question_aware, seed=seed, profile_path=profile_path)
+    bench = prepare(
+        model,
+        episodes,
+        share,
+        context_length=budget.context_length,
+        scorer=scorer,
+        question_aware=question_aware,
+        seed=seed,
+        profile_path=profile_path,
+    )
     return allocate(bench, share, objective)
 
 
@@ -135,18 +143,23 @@ def prepare(
     episodes: Sequence[Episode],
     smallest_share: float,
     *,
+    context_length: int | None = None,
     scorer: str = "value_aware",
     question_aware: bool = True,
     seed: int = 0,
     profile_path: str | Path | None = None,
 ) -> Workbench:
-    """Calibrates for budgets from `smallest_share` up. A third of the episodes is kept for decisions."""
+    """Calibrates for budgets from `smallest_share` up. A third of the episodes is kept for decisions.
+
+    Budgets hold from the median length of the prompts on, or from `context_length` if that is shorter.
+    """
     shape = cache_shape(model.config)
-    length = int(np.median([len(episode.prefill) for episode in episodes]))
+    deciding, calibrating = list(episodes[2::3]), [episode for i, episode in enumerate(episodes) if i % 3 != 2]
+    length = int(np.median([len(episode.prefill) for episode in calibrating]))
+    length = length if context_length is None else min(length, context_length)
     pinned = pinned_for(smallest_share, length)
     _limit(shape, pinned, length, smallest_share)
     check_lengths(episodes, pinned)
-    deciding, calibrating = list(episodes[2::3]), [episode for i, episode in enumerate(episodes) if i % 3 != 2]
     if not deciding:
         raise CalibrationError(f"{len(episodes)} prompts cannot be split: pass 3 or more, 96 are a good number")
     if len(calibrating) < FEW_PROMPTS:
@@ -163,6 +176,7 @@ def prepare(
         model,
         pinned,
         scorer,
+        length,
         settings={"question_aware": question_aware},
         seed=seed,
         path=path,
@@ -179,18 +193,17 @@ def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
 
 
 def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocation:
-    """The best allocation within `share` of the full 16-bit cache. Raises BudgetError if nothing fits."""
+    """The best allocation within `share` of the full 16-bit cache, from the context length of the profile on.
+
+    Raises BudgetError if nothing fits.
+    """
     profile = bench.profile
     limit = _limit(profile.shape, profile.pinned, profile.context_length, share)
-    solution = _solve(bench, limit, objective)
-    plans = profile.plans(solution.choice)
-    while minimum_context(profile.shape, plans, profile.pinned, share, profile.context_length) > profile.context_length:
-        limit = int(limit * TIGHTEN)
-        solution = _solve(bench, limit, objective)
-        plans = profile.plans(solution.choice)
-    candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", plans)]
+    while excess := profile.excess_bytes((solution := _solve(bench, limit, objective)).choice, share):
+        limit -= excess
+    candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
     if objective == USABLE:
-        candidates += _alternatives(bench, limit, solution)
+        candidates += _alternatives(bench, share, limit, solution)
     sample = sample_plans(bench.validation, [candidate for _, candidate in candidates])
     best = int(sample.kl_bits.mean(0).argmin())
     source, chosen = candidates[best]
@@ -224,13 +237,13 @@ def _solve(bench: Workbench, limit_bytes: int, objective: str) -> Solution:
     return bench.profile.solve(limit_bytes, bench.profile.measured_bits)
 
 
-def _alternatives(bench: Workbench, limit_bytes: int, solution: Solution) -> list[tuple[str, Plans]]:
+def _alternatives(bench: Workbench, share: float, limit_bytes: int, solution: Solution) -> list[tuple[str, Plans]]:
     """What may be better than a solution: moves around it, where heads interact, and the best uniform cell."""
     profile, found = bench.profile, []
     if solution.loss > REFINED_FROM_BITS:
-        refined = refine(profile, bench.calibration, limit_bytes, solution.choice)
+        refined = refine(profile, bench.calibration, share, limit_bytes, solution.choice)
         found.append(("optimal, refined jointly", profile.plans(refined)))
-    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, limit_bytes)
+    cells = uniform_grid(profile.shape, profile.pinned, profile.context_length, share)
     if cells:
         found.append(("uniform", cells[best_plan(bench.validation, cells, show="deciding")]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from ib_analysis.formats.packed import tokens_nbytes
 from ib_analysis.shape import CacheShape, LayerShape
+
+LONGEST = 8  # budgets are checked up to this many times the context length; beyond, fixed costs are an ever smaller share
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
@@ -92,10 +95,24 @@ def plans_nbytes(shape: CacheShape, plans: Plans, pinned: Pinned, length: Count)
     tokens = pinned.compressible(length)
     total = length * 0
     for layer, heads in zip(shape.layers, plans):
-        if heads is None:
-            total = total + (0 if layer.sliding_window else length * layer.bytes_per_token)
-        else:
+        if heads is not None:
             total = total + pinned.nbytes(length, layer)
-            for plan in heads:
-                total = total + plan.nbytes(tokens, layer.head_dim)
+        elif not layer.sliding_window:
+            total = total + length * layer.bytes_per_token
+    alike = Counter((plan, layer.head_dim) for layer, heads in zip(shape.layers, plans) for plan in heads or ())
+    for (plan, head_dim), heads_alike in alike.items():
+        total = total + heads_alike * plan.nbytes(tokens, head_dim)
     return total
+
+
+def excess_bytes(shape: CacheShape, plans: Plans, pinned: Pinned, share: float, context_length: int) -> int:
+    """By how much the cache exceeds `share` of the full 16-bit cache at most, from a context length on; 0 if it does not.
+
+    Tokens leave the window some at a time, and kivi stores groups of keys whole: a cache that fits at one length may be
+    too large at the next.
+    """
+    # The cache grows faster than the budget until tokens leave the window: only the lengths just before that matter.
+    first = context_length + (pinned.most - context_length) % pinned.flush
+    lengths = np.arange(first, LONGEST * context_length + pinned.flush, pinned.flush)
+    excess = plans_nbytes(shape, plans, pinned, lengths) - share * shape.bytes_per_token * lengths
+    return max(0, int(np.ceil(excess.max())))

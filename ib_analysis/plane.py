@@ -154,10 +154,9 @@ def chord(points: pd.DataFrame, rate: str) -> tuple[tuple[float, float], tuple[f
 def _cells(allocation: Allocation) -> list[tuple[dict[str, Any], Plans]]:
     """The allocation and every uniform cell of its budget, each with what a row says of it."""
     shape, pinned, length = allocation.shape, allocation.pinned, allocation.context_length
-    limit = int(allocation.budget_share * shape.bytes_per_token * length)
     described: list[tuple[dict[str, Any], Plans]] = [({"family": "optimal"}, allocation.plans)]
     for policy in (POLICIES["prune_only"], POLICIES["uniform"]):
-        for cell in policy(shape, pinned, length, limit):
+        for cell in policy(shape, pinned, length, allocation.budget_share):
             plan = next(row[0] for row in cell if row)
             tier = plan.tiers[0]
             raw = tier.key_bits == tier.value_bits == 16

@@ -18,7 +18,7 @@ from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.files import load_tensors, save_tensors
 from ib_analysis.knapsack import Solution, solve
 from ib_analysis.options import dominates
-from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier
+from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier, excess_bytes
 from ib_analysis.shape import CacheShape, LayerShape
 
 VERSION = 1
@@ -78,6 +78,10 @@ class Profile:
         for (layer, _), option in zip(self.shape.heads, choice.tolist()):
             rows[layer].append(self.options[option])
         return tuple(tuple(row) if row else None for row in rows)
+
+    def excess_bytes(self, choice: NDArray[np.int64], share: float) -> int:
+        """By how much a cache with option choice[u] for head u exceeds a budget at most, from the context length on."""
+        return excess_bytes(self.shape, self.plans(choice), self.pinned, share, self.context_length)
 
     def record(self, head: int, option: int, loss_bits: float, error_bits: float) -> None:
         """Enters a measured price, and lifts the unmeasured prices of options that keep less of that head to it."""

@@ -5,11 +5,13 @@ import pytest
 import ib_analysis.calibration as ib_calibration
 from ib_analysis.calibration import Replays, calibrate
 from ib_analysis.episodes import make_episodes
+from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.plan import Pinned
 from ib_analysis.profile import Profile
 from ib_analysis.shape import cache_shape
 
 PINNED = Pinned(1, 8, 4)
+LENGTH = 112
 
 
 @pytest.fixture
@@ -24,11 +26,11 @@ def priced(small_llama, small_prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ib_calibration, "gradient_prices", counted)
 
-    def calibrated(pinned, scorer):
+    def calibrated(pinned, scorer, context_length=LENGTH):
         calls.clear()
         replays = Replays(small_llama, cache_shape(small_llama.config), pinned, scorer, episodes)
         path = tmp_path / "profile.safetensors"
-        return calibrate(replays, small_llama, pinned, scorer, settings={}, path=path), len(calls)
+        return calibrate(replays, small_llama, pinned, scorer, context_length, settings={}, path=path), len(calls)
 
     return calibrated
 
@@ -40,9 +42,21 @@ def test_a_finished_calibration_is_saved_and_used_again(priced, tmp_path):
     assert count == 0 and (again.loss_bits == first.loss_bits).all()
 
 
-@pytest.mark.parametrize(("pinned", "scorer"), [(PINNED, "snapkv"), (Pinned(1, 16, 4), "value_aware")])
-def test_that_of_another_scorer_or_other_pinned_tokens_is_not(pinned, scorer, priced):
+@pytest.mark.parametrize(
+    "other", [(PINNED, "snapkv", LENGTH), (Pinned(1, 16, 4), "value_aware", LENGTH), (PINNED, "value_aware", LENGTH - 1)]
+)
+def test_that_of_another_scorer_other_pinned_tokens_or_another_length_is_not(other, priced):
     priced(PINNED, "value_aware")
-    found, count = priced(pinned, scorer)
+    found, count = priced(*other)
     assert count == 2
-    assert (found.pinned, found.scorer) == (pinned, scorer)
+    assert (found.pinned, found.scorer, found.context_length) == other
+
+
+def test_that_of_another_model_is_kept(priced, small_llama, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    priced(PINNED, "value_aware")
+    before = path.read_bytes()
+    small_llama.model.norm.weight.data += 0.01
+    with pytest.raises(ProfileMismatchError, match=r"profile\.safetensors .* other weights: name another"):
+        priced(PINNED, "value_aware")
+    assert path.read_bytes() == before

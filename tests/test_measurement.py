@@ -51,8 +51,7 @@ def test_ratio_is_paired():
 @pytest.mark.parametrize("share", [1 / 4, 1 / 8])
 def test_best_plan_is_that_of_measuring_all(bench, share):
     profile = bench.profile
-    limit = int(share * profile.shape.bytes_per_token * profile.context_length)
-    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, limit)
+    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, share)
     means = bench.validation.measure(cells)[0].mean(0)
     assert means[best_plan(bench.validation, cells)] == pytest.approx(means.min(), rel=1e-9)
     assert best_plan(bench.validation, cells[:1]) == 0

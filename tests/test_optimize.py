@@ -71,8 +71,7 @@ def test_a_real_cache_holds_these_bytes(share, allocations, embedded):
 def test_better_than_the_best_uniform_cell(share, allocations, bench, held_out):
     """The uniform cell is chosen on the held-out prompts themselves."""
     profile = bench.profile
-    limit = int(share * profile.shape.bytes_per_token * profile.context_length)
-    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, limit)
+    cells = POLICIES["uniform"](profile.shape, profile.pinned, profile.context_length, share)
     sample = sample_plans(held_out, [allocations[share].plans, *cells])
     means = sample.kl_bits.mean(0)
     assert means[0] < means[1:].min()
@@ -152,7 +151,7 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
     model, _ = embedded
     path = tmp_path / "profile.safetensors"
     replays = bench.calibration
-    expected = calibrate(replays, model, bench.profile.pinned, "value_aware", settings={}, seed=1)
+    expected = calibrate(replays, model, bench.profile.pinned, "value_aware", LENGTH, settings={}, seed=1)
     calls = 0
     original = ib_calibration.gradient_prices
 
@@ -165,11 +164,11 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ib_calibration, "gradient_prices", killed)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, settings={}, seed=1)
+        calibrate(replays, model, bench.profile.pinned, "value_aware", LENGTH, path=path, settings={}, seed=1)
     assert Profile.load(path).priced == 8
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     calls = 100
-    resumed = calibrate(replays, model, bench.profile.pinned, "value_aware", path=path, settings={}, seed=1)
+    resumed = calibrate(replays, model, bench.profile.pinned, "value_aware", LENGTH, path=path, settings={}, seed=1)
     assert calls == 100 + len(replays) - 8
     np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
 
@@ -188,7 +187,7 @@ def test_a_profile_that_cannot_be_written_is_refused_before_the_work(embedded, t
 def test_a_model_trained_further_is_priced_again(bench, embedded, tmp_path):
     model, _ = embedded
     path = tmp_path / "profile.safetensors"
-    calibrate(bench.calibration, model, bench.profile.pinned, "value_aware", settings={}, path=path)
+    calibrate(bench.calibration, model, bench.profile.pinned, "value_aware", LENGTH, settings={}, path=path)
     saved = Profile.load(path).settings["weights"]
     other = copy.deepcopy(model)
     other.model.norm.weight.data += 0.01
@@ -223,6 +222,16 @@ def test_tokens_are_a_share_of_the_prompts_that_are_passed(small_llama):
     found = optimal_allocation(small_llama, Budget.tokens(512, bits=16), prompts=prompts)
     assert found.context_length > 600 and found.budget_share == 512 / found.context_length
     assert optimal_allocation(small_llama, Budget.tokens(found.context_length, bits=16), prompts=prompts).is_full
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+@pytest.mark.parametrize(("size_bytes", "context"), [(3000, 100), (1500, 50), (3500, 128)])
+def test_bytes_hold_from_their_own_context_length_on(size_bytes, context, small_llama, small_prompts):
+    """Also where it is shorter than the prompts, which have 111 tokens before what is predicted."""
+    found = optimal_allocation(small_llama, Budget.bytes(size_bytes, context=context), prompts=small_prompts)
+    assert found.context_length == min(context, 111)
+    assert found.minimum_context <= found.context_length
+    assert 0.9 * size_bytes < found.nbytes(context) <= size_bytes
 
 
 def test_a_budget_below_the_minimum_says_the_minimum(bench, embedded):

@@ -1,12 +1,14 @@
 """Counts and bytes of plans."""
 
+import math
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ib_analysis.formats.packed import tokens_nbytes
 from ib_analysis.options import head_options
-from ib_analysis.plan import HeadPlan, Pinned, Tier, plans_nbytes
+from ib_analysis.plan import LONGEST, HeadPlan, Pinned, Tier, excess_bytes, plans_nbytes
 from ib_analysis.shape import CacheShape, LayerShape
 
 OPTIONS = head_options()
@@ -54,3 +56,16 @@ def test_a_layer_that_is_left_as_it_is_counts_16_bits():
     kept = Pinned(4, 10, 2)
     assert plans_nbytes(shape, plans, kept, 100) == 14 * 2 * 2 * 2 * 64 + 100 * 2 * 2 * 2 * 32
     assert plans_nbytes(shape, (None,) * 3, kept, np.array([7]))[0] == 7 * shape.bytes_per_token
+
+
+@given(st.sampled_from(OPTIONS), st.sampled_from(OPTIONS), pinned, st.integers(1, 150), st.floats(0.05, 1))
+def test_excess_is_the_largest_at_any_later_length(first, second, pinned, length, share):
+    shape = CacheShape((LayerShape(2, 32), LayerShape(1, 32, sliding_window=8)))
+    plans = ((first, second), None)
+
+    def most(longest):
+        later = np.arange(length, longest + 1)
+        return max(0, math.ceil((plans_nbytes(shape, plans, pinned, later) - share * shape.bytes_per_token * later).max()))
+
+    excess = excess_bytes(shape, plans, pinned, share, length)
+    assert most(LONGEST * length) <= excess <= most(LONGEST * length + pinned.flush)

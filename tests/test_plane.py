@@ -48,12 +48,11 @@ def test_ends(points):
 def test_families_are_the_policies(bench, points):
     profile = bench.profile
     for share in SHARES:
-        limit = int(share * profile.shape.bytes_per_token * profile.context_length)
         at = points[points.budget_share == share]
         found = {name: (at.family == name).sum() for name in ("optimal", "prune-only", "quantize-only", "quantized pruning")}
         names = ("uniform", "prune_only", "quantize_only")
         uniform, pruned, quantized = (
-            len(POLICIES[name](profile.shape, profile.pinned, profile.context_length, limit)) for name in names
+            len(POLICIES[name](profile.shape, profile.pinned, profile.context_length, share)) for name in names
         )
         assert found["optimal"] == 1
         assert (found["prune-only"], found["quantize-only"]) == (pruned, quantized)

@@ -6,7 +6,7 @@ from ib_analysis.plan import Pinned, Plans
 from ib_analysis.policies.uniform import prune_only, quantize_only, uniform_grid
 from ib_analysis.shape import CacheShape
 
-POLICIES: dict[str, Callable[[CacheShape, Pinned, int, int], list[Plans]]] = {
+POLICIES: dict[str, Callable[[CacheShape, Pinned, int, float], list[Plans]]] = {
     "uniform": uniform_grid,
     "prune_only": prune_only,
     "quantize_only": quantize_only,

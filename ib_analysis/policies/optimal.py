@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,12 +16,15 @@ ROUNDS = 2
 TINY_BITS = 1e-9
 
 
-def refine(profile: Profile, replays: Replays, limit_bytes: int, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+def refine(
+    profile: Profile, replays: Replays, share: float, limit_bytes: int, choice: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Moves around a joint solution, priced with all other heads compressed as they are in it.
 
     In each round, every head's most promising options by reduced cost are measured in place of the chosen one, and the
     knapsack is solved again with these prices. A round that does not lower the measured loss ends it. The interaction
-    between heads, which single-head prices miss, matters most at tight budgets.
+    between heads, which single-head prices miss, matters most at tight budgets. Nothing is tried that takes more than
+    `limit_bytes` at the profile's context length, or more than `share` of the full cache at a longer one.
     """
     nbytes = profile.nbytes()
     pinned_bytes = sum(profile.pinned.nbytes(profile.context_length, profile.shape.layers[i]) for i in profile.shape.compressible)
@@ -33,8 +38,11 @@ def refine(profile: Profile, replays: Replays, limit_bytes: int, choice: NDArray
         losses[tuple(np.array(pairs).T)] = _joint_loss(profile, replays, moved)
         solution = solve(list(losses), list(nbytes), limit_bytes - pinned_bytes)
         feasible = [m for m in moved if nbytes[np.arange(len(m)), m].sum() <= limit_bytes - pinned_bytes]
-        single = min(feasible, key=lambda m: losses[_changed(best, m)], default=best)
-        tried = [solution.choice, single]
+        singles = sorted(feasible, key=lambda m: losses[_changed(best, m)])
+        within = (choice for choice in (solution.choice, *singles) if profile.excess_bytes(choice, share) == 0)
+        tried = list(islice(within, 2))
+        if not tried:
+            break
         found = _joint_loss(profile, replays, tried)
         if found.min() >= best_loss - TINY_BITS:
             break
