@@ -46,6 +46,14 @@ class AnsweringLayer:
         """
         raise NotImplementedError
 
+    @property
+    def shape(self) -> Any:
+        """What every other attention function asks of keys first."""
+        raise UnsupportedModelError(
+            "a compressed cache was given to a model that does not use the attention function of ib_analysis: "
+            "call allocation.cache(model) for this very model, and do not change its attention function afterwards"
+        )
+
 
 def attention(
     module: torch.nn.Module,

@@ -67,6 +67,11 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.keys is not None and len(key_states) != len(self.keys):
+            raise ValueError(
+                f"the cache holds {len(self.keys)} sequences, not {len(key_states)}: use a cache for each batch, or "
+                "batch_repeat_interleave"
+            )
         self.new = key_states, value_states
         self.cumulative_length += key_states.shape[-2]
         return self, self
@@ -76,6 +81,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     ) -> Tensor:
         new_keys, new_values = self.new
         del self.new
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"a compressed cache takes masks of bool, true where a token is seen, not of {mask.dtype}")
         if self.keys is None or self.values is None:
             out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
             self._compress(query, new_keys, new_values, mask, scaling)
@@ -288,7 +295,9 @@ class CompressedCache(Cache):
     """Pass it to `model.generate(..., past_key_values=cache)`. Build it with `Allocation.cache(model)`.
 
     `plans` has a row of head plans for each layer, None for one that stays at full precision, as sliding-window layers
-    do. The model must use the attention function of `ib_analysis.attention.use_attention`.
+    do. The model must use the attention function of `ib_analysis.attention.use_attention`, which serves other caches, too.
+    Padding, on the left, is never stored, but counts when tokens leave the window: a padded sequence may keep up to
+    `pinned.flush` - 1 tokens more or fewer at 16 bits than it would alone.
     """
 
     def __init__(self, shape: CacheShape, plans: Plans, pinned: Pinned, scorer: Scorer) -> None:

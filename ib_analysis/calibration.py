@@ -123,7 +123,9 @@ def calibrate(
     if path is not None and path.exists():
         found = Profile.load(path)
         if (found.model, found.settings["weights"]) != (profile.model, profile.settings["weights"]):
-            raise ProfileMismatchError(f"{path} is the profile of a model with another config or other weights: name another file")
+            raise ProfileMismatchError(
+                f"{path} is the profile of a model with another config or other weights: name another file"
+            )
         if all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
     known = profile.priced

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 
 from ib_analysis.attention import cache_argument
 from ib_analysis.errors import CalibrationError
+from ib_analysis.models import check_model
 from ib_analysis.tasks import Prompt
 
 MOST_SAMPLED = 32  # tokens sampled for one turn
@@ -66,12 +67,16 @@ def make_episodes(
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
     Raises CalibrationError if the model is in training mode, if there are no prompts, or if one is too short, has an empty part
-    or tokens of another model, and for a seed that is no whole number from 0 to 2**31 - 1.
+    or tokens of another model, and for a seed that is no whole number from 0 to 2**31 - 1; UnsupportedModelError for what is
+    no model of transformers.
     """
+    check_model(model)
     if model.training:
         raise CalibrationError("the model is in training mode, where dropout is measured as loss: call model.eval() first")
     if isinstance(prompts, str):
         raise CalibrationError("prompts is one text, which would be read as many of a letter each: pass a list of texts")
+    if not hasattr(prompts, "__len__"):
+        raise CalibrationError(f"prompts is a {type(prompts).__name__}, which can be read only once: pass a list")
     if len(prompts) == 0:
         raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**31:
@@ -167,8 +172,11 @@ def _sample(model: PreTrainedModel, inputs: list[list[int]], steps: int, generat
     cache = cache_argument(model, DynamicCache(config=model.config))
     position = (mask.cumsum(1) - 1).clamp(min=0)
     sampled = []
-    for _ in range(steps):
-        logits = model(ids, attention_mask=mask, position_ids=position, **cache, logits_to_keep=1).logits[:, -1]
+    for step in range(steps):
+        try:
+            logits = model(ids, attention_mask=mask, position_ids=position, **cache, logits_to_keep=1).logits[:, -1]
+        except IndexError as error:  # of an embedding: all tokens are in the vocabulary, so it is that of positions
+            raise CalibrationError(f"the model has no position {longest + step - 1}: pass shorter prompts") from error
         if not bool(torch.isfinite(logits).all()):
             raise CalibrationError("the model's logits are not finite: check its weights and dtype")
         ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)

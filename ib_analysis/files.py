@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ib_analysis.errors import CorruptFileError
@@ -66,7 +66,7 @@ def number_from_json(value: float | None) -> float:
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """A safetensors file whose metadata holds `header` and a checksum of everything."""
     seal = sealed_json({**header, "tensors": _digests(tensors)})
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"header": seal}))
+    write_whole(path, lambda partial: partial.write_bytes(save(tensors, metadata={"header": seal})))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

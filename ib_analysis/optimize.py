@@ -21,6 +21,7 @@ from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
 from ib_analysis.files import check_writable
 from ib_analysis.knapsack import Solution, curve
 from ib_analysis.measurement import best_plan, sample_plans
+from ib_analysis.models import check_model
 from ib_analysis.objectives import OBJECTIVES, USABLE, objective_tables
 from ib_analysis.plan import HeadPlan, Pinned, Plans
 from ib_analysis.policies.optimal import refine
@@ -93,6 +94,7 @@ def optimal_allocation(
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """
+    check_model(model)
     budget = Budget.of(budget)
     check_name("scorer", scorer, SCORERS)
     check_name("objective", objective, (USABLE, *OBJECTIVES))
@@ -165,7 +167,7 @@ def prepare(
     if len(calibrating) < FEW_PROMPTS:
         warnings.warn(
             f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
-            stacklevel=2,
+            stacklevel=3,
         )
     path = None if profile_path is None else Path(profile_path)
     if path is not None:
@@ -276,7 +278,7 @@ def episodes_for(
 
 
 def check_name(what: str, name: str, names: Collection[str]) -> None:
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise UnknownNameError(f"there is no {what} {name!r}: use one of {', '.join(names)}")
 
 

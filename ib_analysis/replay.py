@@ -30,7 +30,7 @@ from ib_analysis.attention import (
     use_attention,
 )
 from ib_analysis.episodes import Episode
-from ib_analysis.errors import CalibrationError
+from ib_analysis.errors import CalibrationError, UnsupportedModelError
 from ib_analysis.formats.packed import roundtrip_keys, roundtrip_values
 from ib_analysis.plan import HeadPlan, Pinned
 from ib_analysis.scorers import Scorer
@@ -152,8 +152,14 @@ class Replay:
             DynamicSlidingWindowLayer(sliding_window=layer.sliding_window) if layer.sliding_window else ContextLayer(scorer)
             for layer in shape.layers
         ]
-        with torch.no_grad():
-            model(episode.prefill[None], **cache_argument(model, Cache(layers=self.layers)), logits_to_keep=1)
+        try:
+            with torch.no_grad():
+                model(episode.prefill[None], **cache_argument(model, Cache(layers=self.layers)), logits_to_keep=1)
+        except (AttributeError, TypeError) as error:  # a layer was taken for a tensor
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does more with keys and values than attend to them, so its cache cannot be compressed "
+                f"({error})"
+            ) from error
         for i in shape.compressible:
             layer = self.context(i)
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):

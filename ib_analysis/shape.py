@@ -50,7 +50,7 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     """Shape of the cache of a decoder with this config.
 
     Raises UnsupportedModelError, naming the layer and why, for latent attention, linear attention and the like, if
-    every layer has a sliding window, and if layers differ in their heads.
+    every layer has a sliding window, if layers differ in their heads, and if keys differ from values in their channels.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
@@ -66,6 +66,11 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
             f"layers of {text.model_type} differ in head_dim or num_key_value_heads: only models whose layers are alike are "
             "supported"
         ) from error
+    value_dim = getattr(text, "v_head_dim", None) or head_dim
+    if value_dim != head_dim:
+        raise UnsupportedModelError(
+            f"{text.model_type} has keys of {head_dim} and values of {value_dim} channels: both must be alike"
+        )
     windows = [_sliding_window(text, i) for i in range(text.num_hidden_layers)]
     if None not in windows:
         raise UnsupportedModelError(f"every layer of {text.model_type} has a sliding window: there is nothing to compress")

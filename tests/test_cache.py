@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ib_analysis.attention import cache_argument, causal_mask, full_attention, use_attention
 from ib_analysis.cache import CompressedCache, CompressedLayer
+from ib_analysis.errors import UnsupportedModelError
 from ib_analysis.plan import HeadPlan, Pinned, Tier, plans_nbytes
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import cache_shape
@@ -344,3 +345,40 @@ def test_padding_that_comes_after_a_short_first_block_is_not_seen():
         out = layer.attend(attended, query, mask, 0.25, {})
         expected = full_attention(attended, query, keys, values, mask, 0.25, {})
         torch.testing.assert_close(out[:, :, pads:], expected[:, :, pads:], atol=2e-3, rtol=2e-3)
+
+
+def filled_cache():
+    """(llama, a compressed cache that holds 40 tokens of two sequences, next tokens [2, 3])."""
+    model, (ids, _) = small_model("llama"), padded_batch(2)
+    shape = cache_shape(model.config)
+    use_attention(model)
+    cache = CompressedCache(shape, ((HeadPlan("rotated", (Tier(1 / 2, 4, 4),)),) * 2,) * 3, PINNED, SCORERS["value_aware"])
+    with torch.no_grad():
+        model(ids, **cache_argument(model, cache))
+    return model, cache, ids[:, :3]
+
+
+@torch.no_grad()
+def test_a_batch_of_another_size_is_refused_and_forgotten():
+    model, cache, ids = filled_cache()
+    with pytest.raises(ValueError, match="holds 2 sequences, not 1"):
+        model(ids[:1], **cache_argument(model, cache))
+    assert cache.get_seq_length() == 40
+    assert model(ids, **cache_argument(model, cache)).logits.shape[1] == 3
+
+
+@torch.no_grad()
+def test_masks_that_are_added_are_refused():
+    """Read as bool, the zeros that let all tokens through would hide them."""
+    model, cache, ids = filled_cache()
+    with pytest.raises(ValueError, match=r"masks of bool, .* not of torch\.float32"):
+        model(ids, attention_mask=torch.zeros(2, 1, 3, 43), **cache_argument(model, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_with_another_attention_function_is_told(implementation):
+    model, cache, ids = filled_cache()
+    model.set_attn_implementation(implementation)
+    with pytest.raises(UnsupportedModelError, match=r"call allocation\.cache\(model\)"):
+        model(ids, **cache_argument(model, cache))

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ib_analysis.episodes import make_episodes
 from ib_analysis.errors import CalibrationError
@@ -103,6 +104,19 @@ def test_empty_text(embedded):
 def test_a_model_in_training_mode_is_refused(small_llama, small_prompts):
     with pytest.raises(CalibrationError, match=r"call model\.eval\(\)"):
         make_episodes(small_llama.train(), None, small_prompts)
+
+
+def test_a_generator_of_prompts_is_refused(small_llama, small_prompts):
+    with pytest.raises(CalibrationError, match="generator, which can be read only once"):
+        make_episodes(small_llama, None, (prompt for prompt in small_prompts))  # type: ignore[arg-type]
+
+
+def test_prompts_longer_than_the_positions_of_a_model(small_prompts):
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=120)
+    config.bos_token_id = config.eos_token_id = 0
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(CalibrationError, match="no position 120: pass shorter prompts"):
+        make_episodes(model, None, small_prompts)
 
 
 def test_texts_for_a_model_without_tokenizer(small_llama):

@@ -42,6 +42,8 @@ def test_tensors_round_trip_and_tampering(tmp_path):
     found, header = load_tensors(path)
     assert header == {"name": "n"}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # safetensors' own are not readable by others
     content = path.read_bytes()
     for broken in (content[:-3], content[:20], b"", content[:-8] + bytes(8), content.replace(b'\\"n\\"', b'\\"m\\"')):
         assert broken != content

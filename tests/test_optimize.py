@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ib_analysis.calibration as ib_calibration
 from ib_analysis import Budget
 from ib_analysis.attention import cache_argument
 from ib_analysis.calibration import Replays, calibrate, verify
 from ib_analysis.episodes import make_episodes
-from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
+from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError
 from ib_analysis.information import information
 from ib_analysis.measurement import sample_plans
 from ib_analysis.objectives import OBJECTIVES
@@ -113,7 +114,7 @@ def test_other_objectives_keep_most_of_what_they_ask_for(bench, allocations, obj
     assert held_losses[0] > held_losses[1]
 
 
-@pytest.mark.parametrize("wrong", [{"objective": "entropy"}, {"scorer": "h3o"}])
+@pytest.mark.parametrize("wrong", [{"objective": "entropy"}, {"scorer": "h3o"}, {"scorer": ["snapkv"]}])
 def test_unknown_names(embedded, wrong):
     with pytest.raises(UnknownNameError, match="use one of"):
         optimal_allocation(embedded[0], 1 / 4, **wrong)
@@ -173,6 +174,7 @@ def test_a_killed_calibration_goes_on(bench, embedded, tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
 def test_a_profile_that_cannot_be_written_is_refused_before_the_work(embedded, tmp_path, monkeypatch):
     def work(*arguments, **named):
         raise AssertionError("the profile's path was not looked at first")
@@ -206,6 +208,25 @@ def test_a_16_bit_model(dtype, small_llama, small_prompts):
     assert table.dithered_bits.iloc[-1] > 0 and table.code_rate_bits.iloc[-1] > 0
 
 
+@pytest.mark.parametrize(
+    ("wrap", "said"), [(lambda model: (model, None), "tuple is no model"), (torch.compile, "that torch.compile was given")]
+)
+def test_what_is_no_plain_model(wrap, said, small_llama, small_prompts):
+    with pytest.raises(UnsupportedModelError, match=said):
+        optimal_allocation(wrap(small_llama), 1 / 4, prompts=small_prompts)
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+@pytest.mark.parametrize("name", ["diffllama", "jetmoe"])
+def test_models_that_change_what_a_cache_returns_are_refused(name, small_prompts):
+    size = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    size |= {"vocab_size": 64, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    size |= {"kv_channels": 8, "num_local_experts": 2} if name == "jetmoe" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **size)).eval()
+    with pytest.raises(UnsupportedModelError, match="ForCausalLM does more with keys and values"):
+        optimal_allocation(model, 1 / 4, prompts=small_prompts)
+
+
 def test_prompts_that_are_no_tensors(small_llama, small_prompts):
     with pytest.raises(CalibrationError, match=r"prompt 0 is ndarray"):
         optimal_allocation(small_llama, 1 / 4, prompts=[prompt.numpy() for prompt in small_prompts])
@@ -217,6 +238,7 @@ def test_bad_budgets(embedded, budget):
         optimal_allocation(embedded[0], budget)
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
 def test_tokens_are_a_share_of_the_prompts_that_are_passed(small_llama):
     prompts = list(torch.randint(3, 64, (6, 640)))  # longer than the package's own, of 512
     found = optimal_allocation(small_llama, Budget.tokens(512, bits=16), prompts=prompts)

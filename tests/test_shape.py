@@ -31,6 +31,7 @@ def test_sliding_layers_are_told_apart():
         ("mamba", "no decoder-only model"),
         ("falcon_h1", "layer 0 .*hybrid"),
         ("gemma4_text", "gemma4_text differ in head_dim"),
+        ("mimo_v2_flash", "keys of 192 and values of 128 channels"),
     ],
 )
 def test_layers_that_cannot_be_compressed_are_named(name, said):

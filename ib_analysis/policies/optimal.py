@@ -16,9 +16,7 @@ ROUNDS = 2
 TINY_BITS = 1e-9
 
 
-def refine(
-    profile: Profile, replays: Replays, share: float, limit_bytes: int, choice: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def refine(profile: Profile, replays: Replays, share: float, limit_bytes: int, choice: NDArray[np.int64]) -> NDArray[np.int64]:
     """Moves around a joint solution, priced with all other heads compressed as they are in it.
 
     In each round, every head's most promising options by reduced cost are measured in place of the chosen one, and the
