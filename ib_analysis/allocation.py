@@ -22,8 +22,9 @@ from ib_analysis.figures.heads import head_table, plot_heads
 from ib_analysis.figures.style import save_figure
 from ib_analysis.files import number_from_json, read_sealed_json, sealed_json, write_whole
 from ib_analysis.measurement import Measurement, measure_plans
+from ib_analysis.models import check_model
 from ib_analysis.plan import LONGEST, Pinned, Plans, plans_nbytes
-from ib_analysis.profile import check_fingerprint, plan_from_json
+from ib_analysis.profile import model_fingerprint, plan_from_json
 from ib_analysis.scorers import SCORERS
 from ib_analysis.shape import CacheShape, LayerShape
 from ib_analysis.tasks import Prompt
@@ -102,12 +103,21 @@ class Allocation:
         """The shortest length from which on the cache stays within the budget."""
         return minimum_context(self.shape, self.plans, self.pinned, self.budget_share, self.context_length)
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises ProfileMismatchError if the allocation is for another model, UnsupportedModelError if it is none."""
+        check_model(model)
+        found = model_fingerprint(model.config)
+        if found != self.model:
+            raise ProfileMismatchError(
+                f"this allocation was made for another model (config {self.model}, not {found}): make one for this model"
+            )
+
     def cache(self, model: PreTrainedModel) -> CompressedCache:
         """An empty cache for `model.generate(..., past_key_values=...)`; switches the model to our attention function.
 
         Raises ProfileMismatchError if the allocation is for another model.
         """
-        check_fingerprint(self.model, model.config, "allocation")
+        self.check_model(model)
         use_attention(model)
         return CompressedCache(self.shape, self.plans, self.pinned, SCORERS[self.scorer])
 
@@ -150,7 +160,7 @@ class Allocation:
         seed: int = 1,
     ) -> Allocation:
         """The same allocation with its loss measured on `prompts`, which should not be those of the calibration."""
-        check_fingerprint(self.model, model.config, "allocation")
+        self.check_model(model)
         episodes = make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
         replays = Replays(model, self.shape, self.pinned, self.scorer, episodes)
         return replace(self, validation=measure_plans(replays, [self.plans])[0])

@@ -106,13 +106,15 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         assert self.keys is not None and self.values is not None
         pairs = self.keys.shape[0] * self.keys.shape[1]
         parts = [part.packed for part in self.packed]
-        if self.backend == "triton" and self.step is None:
-            self.step = plan(parts, pairs, self.device)
         query32 = query.float() if query.dtype == torch.float64 else query
+        softcap = extras.get("softcap")
+        if self.backend == "triton" and self.step is None:  # for the steps of one token that follow
+            grouped = query.shape[1] // self.keys.shape[1]
+            self.step = plan(parts, pairs, self.device, rows=grouped, dtype=query32.dtype, softcap=softcap is not None)
         rows = query32.reshape(pairs, -1, query.shape[-1]).contiguous()  # [B * H_kv, G * M, D]
         seen = None if visible is None else visible.contiguous()
         window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), seen)
-        out, lse = packed_attention(rows, parts, window, scaling, extras.get("softcap"), step=self.step, backend=self.backend)
+        out, lse = packed_attention(rows, parts, window, scaling, softcap, step=self.step, backend=self.backend)
         return finish([out], [lse], query, extras)
 
     def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor | None:

@@ -23,7 +23,6 @@ from ib_analysis.formats import RAW_BITS
 from ib_analysis.measurement import bootstrap_interval
 from ib_analysis.pieces import PARTS, Gathered, Part, Piece, gather, pieces_of
 from ib_analysis.plan import HeadPlan
-from ib_analysis.profile import check_fingerprint
 from ib_analysis.rates import RAW, CodeRates, Head, all_pieces, context_lengths, plan_of, side_bits
 from ib_analysis.replay import PlansToTry
 
@@ -67,7 +66,7 @@ def information(
     Arguments as of `Allocation.validate`. Moments are streamed: memory grows neither with tokens nor with prompts.
     Layers with a sliding window are never compressed and have no rows.
     """
-    check_fingerprint(allocation.model, model.config, "allocation")
+    allocation.check_model(model)
     episodes = make_episodes(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
     replays = Replays(model, allocation.shape, allocation.pinned, allocation.scorer, episodes)
     pieces = all_pieces([allocation.plans], allocation.shape)

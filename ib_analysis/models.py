@@ -60,7 +60,7 @@ def load(
 def check_model(model: object) -> None:
     """Raises UnsupportedModelError for what is no model of transformers, or one that torch.compile has wrapped."""
     if hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError("a compiled model cannot be calibrated: pass the model that torch.compile was given")
+        raise UnsupportedModelError("compiled models are not supported: pass the model that torch.compile was given")
     if not hasattr(model, "config") or not hasattr(model, "set_attn_implementation"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is no model of transformers: pass a PreTrainedModel (ib.load gives a model and a tokenizer)"

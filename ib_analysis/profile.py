@@ -131,10 +131,6 @@ class Profile:
             **{name: tensor.numpy() for name, tensor in tensors.items()},
         )
 
-    def check_model(self, config: PreTrainedConfig) -> None:
-        """Raises ProfileMismatchError if the profile is of another model."""
-        check_fingerprint(self.model, config, "profile")
-
 
 @lru_cache(maxsize=8)
 def _options_nbytes(options: tuple[HeadPlan, ...], tokens: int, head_dim: int) -> NDArray[np.int64]:
@@ -150,12 +146,3 @@ def model_fingerprint(config: PreTrainedConfig) -> str:
     """A hash of all that a config says about the model's shape."""
     content = {key: value for key, value in config.to_dict().items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def check_fingerprint(expected: str, config: PreTrainedConfig, what: str) -> None:
-    """Raises ProfileMismatchError if `what` was made for a model with another config."""
-    found = model_fingerprint(config)
-    if found != expected:
-        raise ProfileMismatchError(
-            f"this {what} was made for another model (config {expected}, not {found}): make one for this model"
-        )

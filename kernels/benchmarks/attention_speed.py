@@ -69,7 +69,7 @@ def time_packed(case: Case, fmt: str, bits: int, skewed: bool) -> Measured:
     window = random_window(case)
     nbytes = packed_bytes(packed[0]) + sum(x.nbytes for x in (window.keys, window.values))
     packed += [random_packed(case, lengths, fmt, bits) for _ in range(copies_beyond_cache(nbytes) - 1)]
-    step = plan(packed[0:1], case.pairs, device())
+    step = plan(packed[0:1], case.pairs, device(), rows=case.group)
     query = torch.randn(case.pairs, case.group, case.head_dim, dtype=torch.bfloat16, device=device())
 
     def call() -> None:

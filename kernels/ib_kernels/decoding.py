@@ -147,8 +147,9 @@ def packed_attention_triton(
     _check_kernels(query, parts, window, bias)
     if step is None:
         _check_lengths(parts, pairs)
-        step = plan(parts, pairs, query.device)
+        step = plan(parts, pairs, query.device, rows=rows, dtype=query.dtype, softcap=softcap is not None)
     _check_step(step, parts, query)
+    scaling, softcap = float(scaling), None if softcap is None else float(softcap)  # an integer would be compiled for itself
     device, slots = query.device, step.rotated.shape[0]
     partial = torch.empty(slots, rows, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(slots, rows, dtype=torch.float32, device=device)

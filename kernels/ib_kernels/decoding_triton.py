@@ -27,6 +27,7 @@ LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
 REGISTERS = 16384  # of each of the four parts of a GPU core; a warp stays in one
 RESERVED_BYTES = 1024  # of shared memory, by CUDA for each program
+FEW_ROWS = 8  # of a query, the narrow side of a matrix instruction
 SHARED_UNIT_BYTES = 128  # that CUDA gives shared memory in
 SECOND_SHARED_KB = {228: 196, 164: 132, 100: 64}  # the largest share of a core's memory but one that CUDA gives to programs
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
@@ -48,7 +49,7 @@ def attend(
     rows = query.shape[1]
     precision = (packed.key_bits, packed.value_bits)
     selected, launch = _launch(
-        packed.format, packed.head_dim, *precision, rows, query.dtype, softcap is not None, capability(query)
+        packed.format, packed.head_dim, *precision, min(rows, FEW_ROWS + 1), query.dtype, softcap is not None, capability(query)
     )
     minimum = "minimum" if packed.format == "kivi" else "scale"
     attend_kernel[(items.shape[0], -(-rows // selected["M"]))](
@@ -92,12 +93,12 @@ def variant(
     """Constants that select one compiled variant of `attend_kernel`."""
     small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
     odd = head_dim & (head_dim - 1) != 0
-    wide = small and rows > 8 and not odd
+    wide = small and rows > FEW_ROWS and not odd
     long = small and not wide and (odd or key_bits != 4 or value_bits == 8)
     return {
         "KIVI": fmt == "kivi",
         "D": head_dim,
-        "M": 16 if wide else 8,  # query rows and tokens of one pass: what the registers hold
+        "M": 16 if wide else FEW_ROWS,  # query rows and tokens of one pass: what the registers hold
         "N": 64 if long else 32,
         "G": triton.next_power_of_2(-(-head_dim // 32)),  # groups of channels, and what pads them
         "SPLIT": dtype == torch.float32,
@@ -132,10 +133,19 @@ def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
 
 
 @cache
-def programs_per_core(fmt: str, head_dim: int, key_bits: int, value_bits: int, device: torch.device) -> int:
-    """How many programs of a decode step's attention a GPU core runs at a time."""
-    query = torch.float32 if fmt == "rotated" else torch.bfloat16
-    selected = variant(fmt, head_dim, key_bits, value_bits, 1, query, False)
+def programs_per_core(
+    fmt: str,
+    head_dim: int,
+    key_bits: int,
+    value_bits: int,
+    rows: int,
+    dtype: torch.dtype,
+    softcap: bool,
+    device: torch.device,
+) -> int:
+    """How many programs of attention to such tokens a GPU core runs at a time, for queries of these rows and this dtype."""
+    query = torch.float32 if fmt == "rotated" else dtype
+    selected = variant(fmt, head_dim, key_bits, value_bits, rows, query, softcap)
     properties = torch.cuda.get_device_properties(device)
     launch = options(selected, 10 * properties.major + properties.minor)
     numbers, words = torch.float16, torch.int16

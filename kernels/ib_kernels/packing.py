@@ -100,7 +100,7 @@ def quantize_pack_triton(
         tokens = pieces(lengths, size, piece_count(known, size))
         if fmt == "kivi":
             return kivi_triton.pack_keys(keys, rows, tokens, key_bits), kivi_triton.pack_values(values, rows, tokens, value_bits)
-        value_parts = rotated_triton.pack(values, rows, tokens, value_bits, None)  # first: the GPU is busy meanwhile
+        value_parts = rotated_triton.pack(values, rows, tokens, value_bits, None)  # first: then the GPU is not idle
         if centre is None:
             longest = max([1, *known])
             runs = pieces(lengths, longest, piece_count(known, longest))

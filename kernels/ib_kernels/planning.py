@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from ib_kernels import ragged
+from ib_kernels.backends import check_kernel
 from ib_kernels.kivi import GROUP_TOKENS, group_counts
 from ib_kernels.packed import Packed
 from ib_kernels.quantizer import RAW_BITS
@@ -38,7 +39,16 @@ class Plan:
 
 
 @torch.no_grad()
-def plan(parts: Sequence[Packed], pairs: int, device: torch.device, items: int | None = None) -> Plan:
+def plan(
+    parts: Sequence[Packed],
+    pairs: int,
+    device: torch.device,
+    items: int | None = None,
+    *,
+    rows: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    softcap: bool = False,
+) -> Plan:
     """Cut the runs of `parts` into about `items` pieces a part, by default what fills the GPU.
 
     The pieces of a run have whole groups of 32 tokens and differ by one group at most. Nothing is read back from the GPU.
@@ -50,8 +60,14 @@ def plan(parts: Sequence[Packed], pairs: int, device: torch.device, items: int |
         pairs: number of (sequence, KV head) pairs of the batch.
         device: where the parts are.
         items: pieces to aim at in every part. By default what a GPU runs at once.
+        rows, dtype, softcap: what the GPU should be full with: rows of a pair's query, their dtype, and whether logits are
+            capped. The plan is right for other queries, too.
+
+    Raises ValueError if there is no kernel for a part.
     """
-    aims = [_items_that_fill(part) if items is None else items for part in parts]
+    for part in parts:
+        check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)
+    aims = [_items_that_fill(part, rows, dtype, softcap) if items is None else items for part in parts]
     sizes = [_piece_tokens(part.lengths, aim) for part, aim in zip(parts, aims)]
     counts = [-(-part.lengths.long() // size) for part, size in zip(parts, sizes)]
     none = torch.zeros(0, dtype=torch.int64, device=device)
@@ -74,15 +90,16 @@ def is_rotated(part: Packed) -> bool:
     return part.format == "rotated" and part.key_bits != RAW_BITS
 
 
-def _items_that_fill(part: Packed) -> int:
+def _items_that_fill(part: Packed, rows: int, dtype: torch.dtype, softcap: bool) -> int:
     """As many as the GPU runs at a time, which its registers and shared memory limit."""
     device = part.lengths.device
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return 4  # under the interpreter; any number would do
     from ib_kernels.decoding_triton import programs_per_core
 
-    precision = part.key_bits, part.value_bits
-    per_core = RAW_ITEMS_PER_CORE if RAW_BITS in precision else programs_per_core(part.format, part.head_dim, *precision, device)
+    per_core = RAW_ITEMS_PER_CORE
+    if part.key_bits != RAW_BITS:
+        per_core = programs_per_core(part.format, part.head_dim, part.key_bits, part.value_bits, rows, dtype, softcap, device)
     return per_core * torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -147,3 +147,8 @@ def test_attention_refuses_the_plan_of_other_parts():
         packed_attention_triton(QUERY, [held, held], None, 1.0, step=step)
     with pytest.raises(ValueError, match="plan again"):
         packed_attention_triton(QUERY, [held], None, 1.0, step=plan([held], 3, QUERY.device, items=4))
+
+
+def test_no_plan_for_parts_without_a_kernel():
+    with pytest.raises(ValueError, match="pack both"):
+        plan([replace(pack(), key_bits=16)], 2, QUERY.device)

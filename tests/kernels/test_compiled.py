@@ -92,7 +92,16 @@ def test_registers_and_shared_memory_limit_the_programs_of_a_core(registers, war
     assert programs_that_fit(launch, shared_bytes, core_bytes) == programs
 
 
-def test_the_programs_of_a_core_are_those_of_what_is_compiled(monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "name", "programs"),
+    [
+        (("rotated", 128, 4, 4, 1, torch.bfloat16, False), "attend rotated k4 v4 d128 rows 8 float32", 14),
+        (("rotated", 128, 4, 4, 9, torch.bfloat16, False), "attend rotated k4 v4 d128 rows 16 float32", 8),
+        (("kivi", 128, 4, 4, 8, torch.bfloat16, False), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
+        (("kivi", 128, 4, 4, 8, torch.float32, True), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
+    ],
+)
+def test_the_programs_of_a_core_are_those_of_what_is_compiled(asked, name, programs, monkeypatch):
     """The driver that Triton asks for the GPU, and PyTorch's properties of it, without one: nothing is launched."""
     gpu = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
@@ -102,9 +111,9 @@ def test_the_programs_of_a_core_are_those_of_what_is_compiled(monkeypatch):
     monkeypatch.setattr(attend_kernel, "device_caches", defaultdict(attend_kernel.create_binder))  # not to stay for others
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    variant = find("attend rotated k4 v4 d128 rows 8 float32", 90)
+    variant = find(name, 90)
     expected = programs_that_fit(variant.options, compiled(variant, 90).shared_bytes, 228 << 10)
-    assert programs_per_core.__wrapped__("rotated", 128, 4, 4, torch.device("cuda", 0)) == expected == 14
+    assert programs_per_core.__wrapped__(*asked, torch.device("cuda", 0)) == expected == programs
 
 
 def test_instructions_of_the_longest_loop():
