@@ -150,5 +150,6 @@ def test_attention_refuses_the_plan_of_other_parts():
 
 
 def test_no_plan_for_parts_without_a_kernel():
-    with pytest.raises(ValueError, match="pack both"):
-        plan([replace(pack(), key_bits=16)], 2, QUERY.device)
+    keys, values = torch.randn(2, 1, 2, 20, 40)
+    with pytest.raises(ValueError, match="multiple of 16 up to 256, got 40"):
+        plan([pack(keys=keys, values=values)], 2, QUERY.device)
