@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ib_analysis.calibration import Replays
+from ib_analysis.errors import BudgetError
 from ib_analysis.knapsack import solve
 from ib_analysis.profile import Profile
 
@@ -34,11 +33,10 @@ def refine(profile: Profile, replays: Replays, share: float, limit_bytes: int, c
         losses = np.full(profile.loss_bits.shape, np.inf)
         losses[np.arange(len(best)), best] = best_loss
         losses[tuple(np.array(pairs).T)] = _joint_loss(profile, replays, moved)
-        solution = solve(list(losses), list(nbytes), limit_bytes - pinned_bytes)
         feasible = [m for m in moved if nbytes[np.arange(len(m)), m].sum() <= limit_bytes - pinned_bytes]
         singles = sorted(feasible, key=lambda m: losses[_changed(best, m)])
-        within = (choice for choice in (solution.choice, *singles) if profile.excess_bytes(choice, share) == 0)
-        tried = list(islice(within, 2))
+        single = next(([m] for m in singles if profile.excess_bytes(m, share) == 0), [])
+        tried = [*_solved(profile, losses, share, limit_bytes), *single]
         if not tried:
             break
         found = _joint_loss(profile, replays, tried)
@@ -46,6 +44,16 @@ def refine(profile: Profile, replays: Replays, share: float, limit_bytes: int, c
             break
         best, best_loss = tried[int(found.argmin())], float(found.min())
     return best
+
+
+def _solved(profile: Profile, losses: NDArray[np.float64], share: float, limit_bytes: int) -> list[NDArray[np.int64]]:
+    """The choice of least loss [1] that stays within the budget at longer contexts, too; none if only larger ones are known."""
+    try:
+        while excess := profile.excess_bytes((choice := profile.solve(limit_bytes, losses).choice), share):
+            limit_bytes -= excess
+    except BudgetError:
+        return []
+    return [choice]
 
 
 def _changed(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[int, int]:
