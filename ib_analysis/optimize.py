@@ -80,7 +80,8 @@ def optimal_allocation(
 
     Args:
         model: a decoder with transformers' attention interface; measure in float32 if you can.
-        budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included.
+        budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included. It holds from the
+            median length of the prompts on, or, if it is in bytes at a shorter context, from that.
         prompts: texts, 1-D tensors of token ids, or `Prompt`s; a third of them decide, the others calibrate. By default
             96 of the package's own.
         tokenizer: for prompts that are text; by default the one saved with the model.
@@ -302,6 +303,6 @@ def _limit(shape: CacheShape, pinned: Pinned, length: int, share: float) -> int:
     if share * full < minimum:
         raise BudgetError(
             f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {length} tokens, but sinks and window "
-            f"take {minimum:,}: ask for at least {minimum / full:.4g}, or use longer prompts"
+            f"take {minimum:,}: ask for at least {minimum / full:.4g}, or for a longer context (longer prompts)"
         )
     return int(share * full)
