@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.allocation import Allocation
 from ib_analysis.budget import Budget
-from ib_analysis.calibration import Replays, calibrate, pinned_for, verify
+from ib_analysis.calibration import Replays, calibrate, null_plans, pinned_for, verify
 from ib_analysis.episodes import Episode, make_episodes
 from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError
 from ib_analysis.files import check_writable
@@ -23,7 +23,7 @@ from ib_analysis.knapsack import Solution, curve
 from ib_analysis.measurement import best_plan, sample_plans
 from ib_analysis.models import check_model
 from ib_analysis.objectives import OBJECTIVES, USABLE, objective_tables
-from ib_analysis.plan import HeadPlan, Pinned, Plans
+from ib_analysis.plan import HeadPlan, Pinned, Plans, excess_bytes
 from ib_analysis.policies.optimal import refine
 from ib_analysis.policies.uniform import uniform_grid
 from ib_analysis.profile import Profile, model_fingerprint
@@ -202,8 +202,9 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
     """
     profile = bench.profile
     limit = _limit(profile.shape, profile.pinned, profile.context_length, share)
+    least = _pinned_bytes(profile.shape, profile.pinned, profile.context_length)  # nothing else is kept, which stays within
     while excess := profile.excess_bytes((solution := _solve(bench, limit, objective)).choice, share):
-        limit -= excess
+        limit = max(least, limit - excess)
     candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
     if objective == USABLE:
         candidates += _alternatives(bench, share, limit, solution)
@@ -297,12 +298,15 @@ def _pinned_bytes(shape: CacheShape, pinned: Pinned, length: int) -> int:
 
 
 def _limit(shape: CacheShape, pinned: Pinned, length: int, share: float) -> int:
-    """Bytes of the budget at this context length. Raises BudgetError, with the minimum, if not even sinks and window fit."""
-    full = shape.bytes_per_token * length
-    minimum = _pinned_bytes(shape, pinned, length)
-    if share * full < minimum:
+    """Bytes of the budget at this context length.
+
+    Raises BudgetError, with the minimum, if not even sinks and window fit from there on.
+    """
+    if excess_bytes(shape, null_plans(shape), pinned, share, length):
+        fullest = pinned.before_leaving(length)
+        full, minimum = shape.bytes_per_token * fullest, _pinned_bytes(shape, pinned, fullest)
         raise BudgetError(
-            f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {length} tokens, but sinks and window "
+            f"a budget of {share:.4g} of the cache is {int(share * full):,} bytes at {fullest} tokens, but sinks and window "
             f"take {minimum:,}: ask for at least {minimum / full:.4g}, or for a longer context (longer prompts)"
         )
-    return int(share * full)
+    return int(share * shape.bytes_per_token * length)

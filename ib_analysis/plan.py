@@ -84,6 +84,10 @@ class Pinned:
         """Bytes that one layer's pinned tokens take."""
         return (length - self.compressible(length)) * layer.bytes_per_token
 
+    def before_leaving(self, length: int) -> int:
+        """The first length from this one on at which one more token makes some leave the window."""
+        return length + (self.most - length) % self.flush
+
     @property
     def most(self) -> int:
         """The largest number of pinned tokens."""
@@ -112,7 +116,6 @@ def excess_bytes(shape: CacheShape, plans: Plans, pinned: Pinned, share: float, 
     too large at the next.
     """
     # The cache grows faster than the budget until tokens leave the window: only the lengths just before that matter.
-    first = context_length + (pinned.most - context_length) % pinned.flush
-    lengths = np.arange(first, LONGEST * context_length + pinned.flush, pinned.flush)
+    lengths = np.arange(pinned.before_leaving(context_length), LONGEST * context_length + pinned.flush, pinned.flush)
     excess = plans_nbytes(shape, plans, pinned, lengths) - share * shape.bytes_per_token * lengths
     return max(0, int(np.ceil(excess.max())))

@@ -256,6 +256,16 @@ def test_bytes_hold_from_their_own_context_length_on(size_bytes, context, small_
     assert 0.9 * size_bytes < found.nbytes(context) <= size_bytes
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+def test_a_budget_that_is_almost_too_small(small_llama):
+    """One that holds little but sinks and window: what fits at this length by keeping nothing yet may not at the next ones."""
+    prompts = list(torch.randint(3, 64, (6, 70)))
+    found = optimal_allocation(small_llama, 0.07, prompts=prompts)
+    assert found.minimum_context <= found.context_length
+    with pytest.raises(BudgetError, match="sinks and window take"):
+        optimal_allocation(small_llama, 0.02, prompts=prompts)
+
+
 def test_a_budget_below_the_minimum_says_the_minimum(bench, embedded):
     with pytest.raises(BudgetError, match=r"at least 0\.0"):
         allocate(bench, 1 / 200)
