@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 SOURCES := ib_analysis kernels data tests
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # uv does not read PIP_FIND_LINKS, and separates by commas what pip separates by spaces.
 comma := ,
@@ -14,7 +15,7 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
-.PHONY: setup demo test test-gpu compile bench-gpu lint clean
+.PHONY: setup demo check test test-interpreted test-gpu compile bench-gpu lint clean
 
 setup: $(READY)
 
@@ -32,15 +33,26 @@ demo: setup
 	$(BIN)/ib-analysis demo
 
 # Waiting threads sleep: spinning ones, the default, are twice as fast alone but crawl when cores are shared.
-test: export OMP_WAIT_POLICY ?= PASSIVE
+check test test-interpreted: export OMP_WAIT_POLICY ?= PASSIVE
+
+# What a person runs before a commit: lint, types and every test that takes no more than a few seconds.
+check: lint
+	$(PYTEST) -m "not slow"
+
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+	$(MAKE) test-interpreted
+
+# The kernels on a CPU. Triton decides when it is imported whether it interprets, so these tests have a process of their own.
+test-interpreted: export TRITON_INTERPRET := 1
+test-interpreted: setup
+	$(PYTEST) tests/kernels/interpreted
 
 # The tests of the kernels where there is a GPU: those of tests/kernels/interpreted run compiled there, and at more shapes. What
 # takes time is compiling, on all cores.
 test-gpu: setup
 	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a CUDA GPU")'
-	$(BIN)/python -m pytest -n auto tests/kernels tests/test_cache_on_gpu.py
+	$(BIN)/python -m pytest -n auto tests/kernels tests/cache/test_on_gpu.py
 
 # Machine code of every variant of the kernels, for GPUs that are not here. Goes on where it stopped.
 compile: setup
@@ -56,5 +68,5 @@ lint: setup
 	$(BIN)/mypy $(SOURCES)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

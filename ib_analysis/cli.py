@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from ib_analysis.errors import EstimatorError, IBAnalysisError
 
-from ib_analysis.allocation import Allocation
-from ib_analysis.budget import parse_budget
-from ib_analysis.demo import run
-from ib_analysis.errors import CalibrationError, EstimatorError, IBAnalysisError
-from ib_analysis.estimators.comparison import compare, comparison_text
-from ib_analysis.files import write_whole
-from ib_analysis.generation import generate_text
-from ib_analysis.models import load
-from ib_analysis.objective_costs import costs_text, objective_costs
-from ib_analysis.objectives import OBJECTIVES, USABLE
-from ib_analysis.optimize import optimal_allocation
-from ib_analysis.plane import information_plane
-from ib_analysis.scorers import SCORERS
-from ib_analysis.tasks.known_information import KNOWN_TASKS
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What takes seconds to import, PyTorch and transformers, is imported by the commands: --help answers at once.
 
 
 def main() -> None:
@@ -42,18 +31,21 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ib-analysis", description=__doc__)
+    parser.add_argument("--version", action="version", version=version("ib-analysis"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="four budgets on the embedded model, measured on held-out prompts")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (out/demo)")
-    demo.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    demo.add_argument("--prompts", type=int, metavar="N", help="held-out prompts (256); three eighths as many calibrate")
+    _add_method(demo)
+    _add_tasks(demo)
     demo.set_defaults(run=_demo)
 
     allocate = commands.add_parser("allocate", help="find the optimal allocation of a model's cache")
     _add_calibration(allocate, "folder for allocation.json, its figure and the profile")
+    _add_tasks(allocate)
     allocate.add_argument("--budget", required=True, help="1/8 or 0.125 of the cache, 2bits, 64MiB@8192 or 512x4bits")
-    allocate.add_argument("--scorer", choices=SCORERS, default="value_aware")
-    allocate.add_argument("--objective", choices=(USABLE, *OBJECTIVES), default=USABLE, help="which information to retain")
+    allocate.add_argument("--objective", default="usable", help="which information to retain (usable); an unknown name lists all")
     allocate.set_defaults(run=_allocate)
 
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
@@ -84,29 +76,49 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub name; by default the embedded model")
 
 
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scorer", default="value_aware", help="which tokens are kept first (value_aware); an unknown name lists all"
+    )
+    parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", action="append", dest="tasks", help="take our own prompts from this task; may be repeated")
+
+
 def _add_calibration(parser: argparse.ArgumentParser, out: str) -> None:
     _add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
-    parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    _add_method(parser)
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.demo import HELD_OUT, run
+    from ib_analysis.files import make_folder
+    from ib_analysis.tasks.mixture import MIXTURE
+
     make_folder(arguments.out)
-    run(arguments.out, not arguments.question_agnostic)
+    held_out = HELD_OUT if arguments.prompts is None else arguments.prompts
+    run(
+        arguments.out,
+        not arguments.question_agnostic,
+        scorer=arguments.scorer,
+        tasks=arguments.tasks or MIXTURE,
+        calibrating=held_out * 3 // 8,
+        held_out=held_out,
+    )
 
 
 def _allocate(arguments: argparse.Namespace) -> None:
+    from ib_analysis.search.budget import parse_budget
+    from ib_analysis.search.optimize import optimal_allocation
+
     budget = parse_budget(arguments.budget)
     model, calibration = _calibration(arguments)
-    allocation = optimal_allocation(
-        model,
-        budget,
-        scorer=arguments.scorer,
-        objective=arguments.objective,
-        **calibration,
-    )
+    allocation = optimal_allocation(model, budget, objective=arguments.objective, **calibration)
     allocation.to_json(arguments.out / "allocation.json")
     allocation.plot(arguments.out / "allocation")
     print(allocation)
@@ -115,12 +127,23 @@ def _allocate(arguments: argparse.Namespace) -> None:
 
 def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and the arguments that every calibration takes. What cannot be read or written fails here, not after it."""
-    prompts = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    from ib_analysis.files import make_folder, read_prompts
+    from ib_analysis.model.load import load
+    from ib_analysis.replay.examples import PROMPT_LENGTH
+    from ib_analysis.search.optimize import PROMPTS
+    from ib_analysis.tasks.mixture import mixture
+
+    prompts: Any = None if arguments.prompts is None else read_prompts(arguments.prompts)
+    if getattr(arguments, "tasks", None):
+        if prompts is not None:
+            raise IBAnalysisError("--task takes our own prompts, --prompts yours: pass one of them")
+        prompts = mixture(f"calibration {arguments.seed}", PROMPTS * 3 // 2, PROMPT_LENGTH, arguments.tasks)
     make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
     return model, {
         "prompts": prompts,
         "tokenizer": tokenizer,
+        "scorer": arguments.scorer,
         "question_aware": not arguments.question_agnostic,
         "seed": arguments.seed,
         "profile_path": arguments.out / "profile.safetensors",
@@ -128,11 +151,10 @@ def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[s
 
 
 def _plane(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.plane import information_plane
+
     model, calibration = _calibration(arguments)
-    plane = information_plane(
-        model,
-        **calibration,
-    )
+    plane = information_plane(model, **calibration)
     plane.plot(arguments.out / "plane")
     if not plane.local.empty:
         plane.plot_local(arguments.out / "local_plane")
@@ -141,11 +163,11 @@ def _plane(arguments: argparse.Namespace) -> None:
 
 
 def _objectives(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.objective_costs import costs_text, objective_costs
+    from ib_analysis.files import write_whole
+
     model, calibration = _calibration(arguments)
-    costs = objective_costs(
-        model,
-        **calibration,
-    )
+    costs = objective_costs(model, **calibration)
     write_whole(arguments.out / "objectives.csv", lambda path: costs.to_csv(path, index=False))
     write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n"))
     print(costs_text(costs))
@@ -153,6 +175,10 @@ def _objectives(arguments: argparse.Namespace) -> None:
 
 
 def _estimators(arguments: argparse.Namespace) -> None:
+    from ib_analysis.estimators.comparison import compare, comparison_text
+    from ib_analysis.estimators.known_information import KNOWN_TASKS
+    from ib_analysis.files import check_writable, write_whole
+
     if arguments.samples < 2:
         raise EstimatorError(
             f"{arguments.samples} samples say nothing about information: pass --samples 2 or more, 1000 are useful"
@@ -164,9 +190,7 @@ def _estimators(arguments: argparse.Namespace) -> None:
         raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, KNOWN_TASKS))}")
     tasks = [KNOWN_TASKS[name] for name in arguments.tasks or KNOWN_TASKS]
     if arguments.csv is not None:
-        if arguments.csv.is_dir():
-            raise IBAnalysisError(f"cannot write a table to {arguments.csv}: it is a folder, pass a file in it")
-        make_folder(arguments.csv.parent)
+        check_writable(arguments.csv)
     table = compare(arguments.samples, tasks=tasks, seed=arguments.seed)
     if arguments.csv is not None:
         write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
@@ -174,13 +198,17 @@ def _estimators(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from ib_analysis.cache.generation import generate_text
+    from ib_analysis.model.load import load
+    from ib_analysis.search.allocation import Allocation
+
     allocation = Allocation.from_json(arguments.allocation)
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model, tokenizer = load(arguments.model)
     cache = allocation.cache(model)
     print(generate_text(model, tokenizer, text, arguments.tokens, cache))
     tokens = cache.get_seq_length()
-    nbytes, full_bytes = cache.nbytes - cache.sliding_nbytes, tokens * allocation.shape.bytes_per_token
+    nbytes, full_bytes = cache.nbytes - cache.sliding_nbytes, tokens * allocation.spec.shape.bytes_per_token
     if allocation.is_full:
         kept = f"nothing is compressed, elements are {str(model.dtype).removeprefix('torch.')}"
     else:
@@ -188,37 +216,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"cache: {tokens} tokens in {nbytes:,} bytes, {kept}", file=sys.stderr)
     if tokens < allocation.minimum_context:
         print(f"the budget holds from {allocation.minimum_context} tokens on, not for this short prompt", file=sys.stderr)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the folder. Raises IBAnalysisError if nothing could be written there: better before the work than after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
-        raise IBAnalysisError(f"cannot write to folder {folder}: {reason}, pass another") from error
-    if not os.access(folder, os.W_OK):
-        raise IBAnalysisError(f"cannot write to folder {folder}: it is read-only, pass another")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The texts of a JSON-lines file, blank lines left out. Raises CalibrationError, with the line, for anything else."""
-    texts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other breaks may be part of a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CalibrationError(f'line {number} of {path} is not {{"text": ...}}') from error
-        if not isinstance(text, str):
-            raise CalibrationError(f"line {number} of {path} has a text of type {type(text).__name__}")
-        texts.append(text)
-    return texts
 
 
 if __name__ == "__main__":

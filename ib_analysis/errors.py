@@ -30,7 +30,7 @@ class ModelNotFoundError(IBAnalysisError, OSError):
 
 
 class UnknownNameError(IBAnalysisError, ValueError):
-    """A scorer or an objective that does not exist."""
+    """A scorer, an objective, an estimator or a task that does not exist."""
 
 
 class EstimatorError(IBAnalysisError, ValueError):

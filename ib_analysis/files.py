@@ -15,7 +15,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ib_analysis.errors import CorruptFileError
+from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisError
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder. Raises IBAnalysisError if nothing could be written there: better before the work than after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise IBAnalysisError(f"cannot write to folder {folder}: {reason}, pass another") from error
+    if not os.access(folder, os.W_OK):
+        raise IBAnalysisError(f"cannot write to folder {folder}: it is read-only, pass another")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a JSON-lines file, blank lines left out. Raises CalibrationError, with the line, for anything else."""
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # other breaks may be part of a text
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CalibrationError(f'line {number} of {path} is not {{"text": ...}}') from error
+        if not isinstance(text, str):
+            raise CalibrationError(f"line {number} of {path} has a text of type {type(text).__name__}")
+        texts.append(text)
+    return texts
 
 
 def check_writable(path: Path) -> None:

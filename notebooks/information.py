@@ -28,9 +28,7 @@ prompts = mixture("notebook", 12, 512)
 # %%
 plane = ib.information_plane(model, prompts=prompts, tokenizer=tokenizer, shares=(1 / 4, 1 / 8, 1 / 16))
 best = plane.points[plane.points["best"]]
-best[
-    ["family", "budget_share", "token_share", "key_bits", "value_bits", "stored_bits", "retained_bits", "low_bits", "high_bits"]
-].round(3)
+best[["family", "setting", "budget_share", "stored_bits", "retained_bits", "low_bits", "high_bits"]].round(3)
 
 # %%
 plane.plot()
@@ -42,9 +40,7 @@ plane.plot()
 
 # %%
 cells = plane.points[(plane.points["budget_share"] == 1 / 16) & plane.points["family"].isin(["quantized pruning", "prune-only"])]
-cells.sort_values("retained_bits", ascending=False)[
-    ["format", "token_share", "key_bits", "value_bits", "stored_bits", "retained_bits"]
-].head(10).round(3)
+cells.sort_values("retained_bits", ascending=False)[["setting", "stored_bits", "retained_bits"]].head(10).round(3)
 
 # %% [markdown]
 # ## Head by head

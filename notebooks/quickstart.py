@@ -17,7 +17,7 @@
 from random import Random
 
 import ib_analysis as ib
-from ib_analysis.generation import generate_text
+from ib_analysis.cache.generation import generate_text
 from ib_analysis.tasks.mixture import mixture
 from ib_analysis.tasks.retrieval import retrieval
 
@@ -25,7 +25,7 @@ model, tokenizer = ib.load()  # or a folder, or a name on the hub; optimal_alloc
 
 # %% [markdown]
 # Twelve prompts of 512 tokens are few (by default it takes 96 and more time), but enough to see how it works. A third of them
-# is not calibrated on: it decides between the allocation and the best uniform one.
+# is not calibrated on: it decides between the allocation and the best cell of every policy.
 
 # %%
 allocation = ib.optimal_allocation(model, 1 / 16, prompts=mixture("notebook", 12, 512), tokenizer=tokenizer)
@@ -50,8 +50,8 @@ held_out = allocation.validate(model, mixture("held out", 8, 512), tokenizer=tok
 print(held_out.validation)
 
 # %% [markdown]
-# The cache is a transformers `Cache`: pass it to `model.generate` as `past_key_values`. Here the model has to find a key among
-# many.
+# The cache is a transformers `Cache`: `model.generate(**inputs, **ib.cache_argument(model, cache))` fills it, compresses it and
+# reads from it. `generate_text` below does so for a text. The model has to find a key among many.
 
 # %%
 prompt = retrieval(Random(1), 512)
@@ -62,5 +62,5 @@ print("full cache:     ", generate_text(model, tokenizer, text, 2))
 cache = allocation.cache(model)
 print("compressed:     ", generate_text(model, tokenizer, text, 2, cache))
 tokens = cache.get_seq_length()
-full_bytes = tokens * allocation.shape.bytes_per_token
+full_bytes = tokens * allocation.spec.shape.bytes_per_token
 print(f"{cache.nbytes:,} of {full_bytes:,} bytes, {cache.nbytes / full_bytes:.3f} of the cache")

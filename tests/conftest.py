@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ib_analysis as ib
-from ib_analysis.episodes import make_episodes
-from ib_analysis.optimize import prepare
+from ib_analysis.replay.examples import make_examples
+from ib_analysis.search.optimize import prepare
 from ib_analysis.tasks.mixture import mixture
 
 LENGTH = 256
@@ -25,10 +25,10 @@ def embedded():
 def bench(embedded, tmp_path_factory):
     """A calibration with 24 prompts of 256 tokens, for budgets from 1/16 up, saved as it grew."""
     model, tokenizer = embedded
-    episodes = make_episodes(model, tokenizer, mixture("tests", 24, LENGTH))
+    examples = make_examples(model, tokenizer, mixture("tests", 24, LENGTH))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few prompts
-        return prepare(model, episodes, SMALLEST_SHARE, profile_path=tmp_path_factory.mktemp("bench") / "profile.safetensors")
+        return prepare(model, examples, SMALLEST_SHARE, profile_path=tmp_path_factory.mktemp("bench") / "profile.safetensors")
 
 
 @pytest.fixture

@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import product
 
 import pandas as pd
 import pytest
 
-from ib_analysis.cli import read_prompts
-from ib_analysis.errors import CalibrationError
 from ib_analysis.estimators import ESTIMATORS
-from ib_analysis.optimize import allocate, full_allocation
-from ib_analysis.shape import cache_shape
-from ib_analysis.tasks.known_information import KNOWN_TASKS
+from ib_analysis.estimators.known_information import KNOWN_TASKS
+from ib_analysis.scorers import SCORERS
+from ib_analysis.search.optimize import allocate, full_allocation
+
+pytestmark = pytest.mark.slow
 
 
 def run(*arguments, text=None):
@@ -57,21 +58,10 @@ def test_estimators_prints_every_estimator(tmp_path):
     assert sum(line.startswith("  gaussian ") for line in done.stdout.splitlines()) == 2
 
 
-def test_prompts_are_split_at_line_feeds_only(tmp_path):
-    texts = ["one\u2028two\u0085three", "four\tfive", "six"]
-    path = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    path.write_text("\n\n".join(lines) + "\r\n  \n", encoding="utf-8", newline="")
-    assert read_prompts(path) == texts
-    path.write_text("\n".join([*lines, "", "{}"]), encoding="utf-8")
-    with pytest.raises(CalibrationError, match="line 5 of"):
-        read_prompts(path)
-
-
 def test_generate_says_when_nothing_is_compressed(tmp_path, embedded):
     model, _ = embedded
     path = tmp_path / "full.json"
-    full_allocation(model, cache_shape(model.config), "value_aware").to_json(path)
+    full_allocation(model, SCORERS["value_aware"]).to_json(path)
     done = run("generate", "--allocation", path, "--prompt", "The old clock stood", "--tokens", 1)
     assert done.returncode == 0, done.stderr
     assert "nothing is compressed, elements are float32" in done.stderr
@@ -88,6 +78,12 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded):
         (["plane", "--out", "BELOW_FILE"], "cannot write to folder"),
         (["generate", "--allocation", "FOLDER", "--prompt", "x"], "is a folder"),
         (["allocate", "--budget", "12", "--out", "OUT"], "Budget"),
+        (["allocate", "--budget", "1/4", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv, streaming_llm"),
+        (["allocate", "--budget", "1/4", "--out", "OUT", "--objective", "nothing"], "usable, code_rate"),
+        (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "maths"], "retrieval, needles"),
+        (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "text", "--prompts", "PROMPTS"], "one of them"),
+        (["demo", "--out", "OUT", "--prompts", "2"], "prompts"),
+        (["plane", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv"),
         (["allocate", "--budget", "1/4000", "--out", "OUT"], "at least"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
         (["allocate", "./no/such/model", "--budget", "1/4", "--out", "OUT"], "no/such/model"),
@@ -98,10 +94,46 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded):
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file, tmp_path):
-    places = {"OUT": tmp_path / "out", "FILE": allocation_file, "BELOW_FILE": allocation_file / "out", "FOLDER": tmp_path}
+    (tmp_path / "prompts.jsonl").write_text('{"text": "some text"}\n')
+    places = {
+        "PROMPTS": tmp_path / "prompts.jsonl",
+        "OUT": tmp_path / "out",
+        "FILE": allocation_file,
+        "BELOW_FILE": allocation_file / "out",
+        "FOLDER": tmp_path,
+    }
     done = run(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("ib-analysis: ")]
     assert len(lines) == 1 and said in lines[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("allocation*"))
+
+
+COMMANDS = ("demo", "allocate", "plane", "estimators", "objectives", "generate")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_without_importing_what_takes_seconds(command):
+    code = (
+        "import sys; from ib_analysis.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'matplotlib', 'pandas') if name in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", code, *([command] if command else []), "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: " in done.stdout
+    assert command or all(name in done.stdout for name in COMMANDS)
+
+
+def test_version():
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout.strip() == version("ib-analysis")
+
+
+def test_prompts_of_our_own_tasks(tmp_path):
+    """Of too few tokens for nothing but the error, which comes when prompts are there."""
+    done = run("allocate", "--budget", "1/4000", "--out", tmp_path, "--task", "retrieval", "--task", "text")
+    assert done.returncode == 2 and "at least" in done.stderr

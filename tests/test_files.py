@@ -1,10 +1,23 @@
-"""Files are whole or absent, and a change is noticed."""
+"""Files are whole or absent, and a change is noticed; prompts are read line by line."""
+
+import json
+import os
 
 import pytest
 import torch
 
-from ib_analysis.errors import CorruptFileError
-from ib_analysis.files import load_tensors, read_sealed_json, save_tensors, sealed_json, write_whole
+from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisError
+from ib_analysis.files import (
+    check_writable,
+    load_tensors,
+    make_folder,
+    number_from_json,
+    read_prompts,
+    read_sealed_json,
+    save_tensors,
+    sealed_json,
+    write_whole,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -55,3 +68,74 @@ def test_tensors_round_trip_and_tampering(tmp_path):
 def test_absent_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "none")
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    folder = tmp_path / "a" / "b"
+    make_folder(folder)
+    make_folder(folder)  # that exists
+    assert folder.is_dir() and list(folder.iterdir()) == []
+
+
+def test_where_no_folder_can_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(IBAnalysisError, match=r"cannot write to folder .*file: it is a file, pass another"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(IBAnalysisError, match=r"cannot write to folder .*file/below: .*, pass another"):
+        make_folder(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "kept"
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    with pytest.raises(IBAnalysisError, match="it is read-only, pass another"):
+        make_folder(tmp_path)
+
+
+def test_a_place_for_long_work_is_looked_at_first(tmp_path):
+    check_writable(tmp_path / "folder" / "file")
+    assert list((tmp_path / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="name a file in it" if path.is_dir() else "file"):
+            check_writable(path)
+
+
+def test_prompts_are_split_at_line_feeds_only(tmp_path):
+    texts = ["one\u2028two\u0085three", "four\tfive", "six"]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n\n".join(lines) + "\r\n  \n", encoding="utf-8", newline="")
+    assert read_prompts(path) == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{}", r'line 4 of .*prompts\.jsonl is not \{"text": \.\.\.\}'),
+        ('{"text": "cut', "line 4 of .* is not"),
+        ("plain words", "line 4 of .* is not"),
+        ('["text"]', "line 4 of .* is not"),
+        ('"text"', "line 4 of .* is not"),
+        ("null", "line 4 of .* is not"),
+        ('{"text": 3}', "line 4 of .* has a text of type int"),
+        ('{"text": null}', "line 4 of .* has a text of type NoneType"),
+    ],
+)
+def test_a_line_that_is_no_prompt(line, said, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(['{"text": "one"}', "", '{"text": "two"}', line]), encoding="utf-8")
+    with pytest.raises(CalibrationError, match=said):
+        read_prompts(path)
+
+
+def test_prompts_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
+    for path in (tmp_path / "none", tmp_path, tmp_path / "binary"):
+        with pytest.raises(CalibrationError, match=rf"cannot read prompts from .*{path.name}: "):
+            read_prompts(path)
+    (tmp_path / "empty").write_text("\n \n")
+    assert read_prompts(tmp_path / "empty") == []
+
+
+def test_null_is_no_number():
+    assert number_from_json(0.0) == 0 and number_from_json(None) != number_from_json(None)

@@ -1,6 +1,8 @@
 """The files that say what to install agree with each other."""
 
 import datetime
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,18 @@ from packaging.specifiers import SpecifierSet
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("ib_analysis", "ib_kernels")
 FROM_PIP = {"torch", "transformers", "triton", "safetensors"}  # so that PyTorch has one source
 
 
 @pytest.fixture(scope="module")
-def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def project(pyproject) -> dict[str, Any]:
+    return pyproject["project"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,55 @@ def test_every_extra_that_is_named_exists(project):
     assert {"dev", "notebooks"} <= project["optional-dependencies"].keys()
     for lines in project["optional-dependencies"].values():
         by_name(lines)
+
+
+def test_every_folder_with_code_is_packed(pyproject):
+    """And data/, as ib_analysis/data. A folder that pyproject.toml does not name would be missing from the wheel."""
+    packed = set(pyproject["tool"]["setuptools"]["packages"])
+    modules = [
+        path.relative_to(base) for base in (ROOT, ROOT / "kernels") for name in PACKAGES for path in (base / name).rglob("*.py")
+    ]
+    assert {".".join(path.parts[:-1]) for path in modules} == packed - {"ib_analysis.data"}
+    assert {".".join(path.parts[:-1]) for path in modules if path.name == "__init__.py"} == packed - {"ib_analysis.data"}
+
+
+def test_what_the_wheel_takes_from_data_exists(pyproject):
+    setuptools = pyproject["tool"]["setuptools"]
+    assert setuptools["package-dir"]["ib_analysis.data"] == "data"
+    assert all(any((ROOT / "data").glob(pattern)) for pattern in setuptools["package-data"]["ib_analysis.data"])
+    assert not list((ROOT / "data").glob("*.py"))  # would be packed
+
+
+def test_the_changelog_begins_with_this_version(project):
+    first = re.search(r"^## \[(.+?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first and first[1] == project["version"]
+
+
+def test_ci_runs_what_the_readme_says():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = re.findall(r"^make .+$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "make test" in commands
+    for command in commands:
+        assert command in readme
+        assert f"\n{command.split()[1]}:" in makefile
+    steps = [
+        step.get("run", "")
+        for job in yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+        for step in job["steps"]
+    ]
+    assert ".ci/run" in steps
+    assert any("--resolution lowest-direct" in step for step in steps)
+
+
+def test_links_of_the_documents_lead_somewhere():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert len(documents) > 3
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (document.parent / link).exists(), f"{document.name}: {link}"
 
 
 def test_citation(project):

@@ -13,8 +13,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from ib_analysis.estimators import KSG, CopulaGaussian, DitheredChannel, Gaussian
+from ib_analysis.estimators.known_information import KNOWN_TASKS
 from ib_analysis.estimators.ksg import information_nats
-from ib_analysis.tasks.known_information import KNOWN_TASKS
 
 REPEATS = 3
 SHAPES = [(8, 1500, 64), (64, 1500, 64), (64, 300, 8), (256, 100, 2)]  # heads, samples, dimensions of x and of y

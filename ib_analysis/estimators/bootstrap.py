@@ -12,7 +12,7 @@ from torch import Tensor
 from ib_analysis.estimators.order import ordered
 
 RESAMPLES = 1000
-MOST_GROUPS = 500  # more documents than that are merged at random: as good, and cheaper
+MAX_GROUPS = 500  # more documents than that are merged at random: as good, and cheaper
 LEVEL = 0.95
 
 
@@ -45,7 +45,7 @@ def _resamples(documents: int) -> tuple[NDArray[np.int64], Tensor]:
     Kept between calls, because drawing takes longer than most estimates.
     """
     rng = np.random.default_rng(0)
-    groups = rng.permutation(documents) % MOST_GROUPS
-    count = min(documents, MOST_GROUPS)
+    groups = rng.permutation(documents) % MAX_GROUPS
+    count = min(documents, MAX_GROUPS)
     drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
     return groups, torch.as_tensor(drawn, dtype=torch.float64)

@@ -12,7 +12,7 @@ from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
 from ib_analysis.estimators.chunks import in_chunks
 from ib_analysis.estimators.entropy import distinct_values, entropies_of_occurrences_bits, occurrences
-from ib_analysis.estimators.estimate import FEWEST_DOCUMENTS, TOO_FEW, Estimate, flagged
+from ib_analysis.estimators.estimate import MIN_DOCUMENTS, TOO_FEW, Estimate, flagged
 from ib_analysis.estimators.gaussian import NORMAL_QUANTILE
 from ib_analysis.estimators.samples import Array, Samples, as_numbers, as_tensor, check_documents, check_pairs
 
@@ -24,7 +24,8 @@ class CodeEntropy:
     """sum_j H(y_j) of the columns of codes y: the memoryless code rate, with the correction of Miller and Madow.
 
     I(X; Y) = H(Y) if y is a function of x, else less; and the sum is at least H(Y), as it ignores what columns share. For
-    a tighter value subtract `total_correlation_bits` of the codes: right for Gaussians at high resolution. x is not looked at.
+    a tighter value subtract `total_correlation_or_nan_bits` of the codes' covariance: right for Gaussians at high resolution.
+    x is not looked at.
     """
 
     name: ClassVar[str] = "code_entropy"
@@ -40,7 +41,7 @@ class CodeEntropy:
             raise EstimatorError("y takes as many values as there are samples: pass integer codes, or use DitheredChannel")
         low, high = bootstrap_interval(bits, influence, samples.documents)
         least = NORMAL_QUANTILE * ((levels - 1).sum(-1) / 2).sqrt() / count / log(2)  # of uniform codes, whose influence is 0
-        few = (count < SAMPLES_PER_LEVEL * levels.amax(-1)) | (samples.documents_count < FEWEST_DOCUMENTS)
+        few = (count < SAMPLES_PER_LEVEL * levels.amax(-1)) | (samples.documents_count < MIN_DOCUMENTS)
         return flagged(bits, low.minimum(bits - least), high.maximum(bits + least), {TOO_FEW: few})
 
 

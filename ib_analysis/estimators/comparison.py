@@ -13,20 +13,22 @@ from tqdm import tqdm
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.estimators.estimate import Estimator
-from ib_analysis.tasks.known_information import KNOWN_TASKS, KnownTask
+from ib_analysis.estimators.known_information import KNOWN_TASKS, KnownTask
 
 
 def compare(
     samples: int = 10_000,
-    estimators: Iterable[Estimator] = tuple(ESTIMATORS.values()),
-    tasks: Iterable[KnownTask] = tuple(KNOWN_TASKS.values()),
+    estimators: Iterable[Estimator] | None = None,
+    tasks: Iterable[KnownTask] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row a task and estimator: truth, estimate, error and interval in bits, whether it covers, flags, seconds.
 
+    By default of all estimators on all tasks.
     `refused` says why an estimator declined: entropy of codes where there are none, say. Its numbers are then NaN.
     """
-    pairs = [(task, method) for task in tasks for method in estimators]
+    methods = [*(ESTIMATORS.values() if estimators is None else estimators)]
+    pairs = [(task, method) for task in (KNOWN_TASKS.values() if tasks is None else tasks) for method in methods]
     return pd.DataFrame([_row(task, method, samples, seed) for task, method in tqdm(pairs, "estimators")])
 
 

@@ -28,11 +28,11 @@ EMBEDDING = 8
 BATCH = 256
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 0.3
-MOST_STEPS = 2000
+MAX_STEPS = 2000
 STEPS_PER_CHECK = 50
 PATIENCE = 8  # checks without a better bound
-FEWEST_SAMPLES = 64
-FEWEST_DOCUMENTS = 8
+MIN_SAMPLES = 64
+MIN_DOCUMENTS = 8
 PARTS = (1, 2, 4)  # critics of a head are trained on all training samples, on half of them, on a quarter
 
 Contributions = Callable[[Tensor], Tensor]  # of scores [..., B, B], pairs on the diagonal: nats [..., B] whose mean is the bound
@@ -41,10 +41,10 @@ Pair = tuple[Tensor, Tensor]  # x [H, N, dx] and y [H, N, dy]
 
 def lower_bound(samples: Samples, contributions: Contributions) -> Estimate:
     """The estimate from a bound; its interval is that of the bound with the critic that was found."""
-    if samples.count < FEWEST_SAMPLES or samples.documents_count < FEWEST_DOCUMENTS:
+    if samples.count < MIN_SAMPLES or samples.documents_count < MIN_DOCUMENTS:
         raise EstimatorError(
             f"{samples.count} samples of {samples.documents_count} documents are too few to train on some and measure others: "
-            f"pass at least {FEWEST_SAMPLES} samples of {FEWEST_DOCUMENTS} documents"
+            f"pass at least {MIN_SAMPLES} samples of {MIN_DOCUMENTS} documents"
         )
     x, y = (standardized(values).float().reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y))
     train, stop, last = (torch.as_tensor(rows, device=x.device) for rows in _split(samples.documents))
@@ -126,7 +126,7 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
     best = critics.contributions(contributions, stop).mean(-1)  # [H]
     kept = [parameter.detach().clone() for parameter in critics.parameters]
     waited, improved = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.bool)
-    for step in range(1, MOST_STEPS + 1):
+    for step in range(1, MAX_STEPS + 1):
         bound = contributions(critics.scores(_batch(train, generator))).mean(-1)  # [H]
         optimizer.zero_grad()
         (-bound.sum()).backward()

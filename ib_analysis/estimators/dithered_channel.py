@@ -17,8 +17,8 @@ from ib_analysis.estimators.gaussian import misfit
 from ib_analysis.estimators.samples import Array, check_samples
 
 SPACE_FILLING_BITS = log2(2 * pi * e / 12) / 2  # by which uniform noise can say more than Gaussian noise: 0.2546 a dimension
-LEAST_NOISE = 1e-12  # of y's variance; below, y is a copy up to rounding
-MOST_NOISE = 0.5  # of y's variance; beyond, no quantizer made y, as even one of 1 bit leaves 0.36
+MIN_NOISE = 1e-12  # of y's variance; below, y is a copy up to rounding
+MAX_NOISE = 0.5  # of y's variance; beyond, no quantizer made y, as even one of 1 bit leaves 0.36
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def channel_bits(covariance: Tensor, count: int) -> Tensor:
     source, received = covariance[..., :dim, :dim], covariance[..., dim:, dim:]
     power_x, power_y = source.diagonal(dim1=-2, dim2=-1), received.diagonal(dim1=-2, dim2=-1)
     gain = (covariance[..., :dim, dim:].diagonal(dim1=-2, dim2=-1) / power_x).nan_to_num(0, 0, 0)
-    noise = (power_y - gain.square() * power_x).maximum(LEAST_NOISE * power_y)
+    noise = (power_y - gain.square() * power_x).maximum(MIN_NOISE * power_y)
     scale = (gain / noise.sqrt()).nan_to_num(0, 0, 0)
     return _gaussian_bits(source * scale[..., None] * scale[..., None, :], count)[0]
 
@@ -84,9 +84,9 @@ def _in_units_of_noise(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     noise = torch.addcmul(y, gain, x, value=-1)
     power = noise.square().mean(-2, keepdim=True)  # [..., 1, d]
     share = power / y.square().mean(-2, keepdim=True)
-    if (share < LEAST_NOISE).any():
+    if (share < MIN_NOISE).any():
         raise EstimatorError("y is a copy of x up to rounding in some channel, so its information is infinite")
-    if (share > MOST_NOISE).any():
+    if (share > MAX_NOISE).any():
         raise EstimatorError("y shares less than half of its variance with x in some channel: it is no decoded x, use Gaussian")
     return x * (gain / power.sqrt()), noise / power.sqrt()
 

@@ -25,17 +25,12 @@ def distinct_values(occurrence: Tensor) -> Tensor:
     return occurrence.double().reciprocal().sum(-2).round()
 
 
-def column_entropies_bits(values: Tensor) -> Tensor:
-    """Entropy in bits of each column [..., d] of values [..., N, d].
+def entropies_of_occurrences_bits(values: Tensor, occurrence: Tensor) -> Tensor:
+    """Entropy in bits of each column [..., d] of values [..., N, d], from their `occurrences`.
 
     Plug-in entropy plus the correction (K - 1) / 2N nats of Miller (1955) and Madow (1954), but no more than the log of the
     range of the values, if these are integers.
     """
-    return entropies_of_occurrences_bits(values, occurrences(values))
-
-
-def entropies_of_occurrences_bits(values: Tensor, occurrence: Tensor) -> Tensor:
-    """As `column_entropies_bits`, from how often each value occurs in its column."""
     count = values.shape[-2]
     entropy = log2(count) - occurrence.double().log2().mean(-2)
     entropy = entropy + (distinct_values(occurrence) - 1) / (2 * count * log(2))
@@ -45,7 +40,7 @@ def entropies_of_occurrences_bits(values: Tensor, occurrence: Tensor) -> Tensor:
 
 
 def entropies_of_counts_bits(counts: Tensor) -> Tensor:
-    """As `column_entropies_bits`, from how often each of L integer codes occurs: float64 [...] of counts [..., L]."""
+    """As `entropies_of_occurrences_bits`, from how often each of L integer codes occurs: float64 [...] of counts [..., L]."""
     samples = counts.sum(-1, keepdim=True).clamp(min=1).double()
     share = counts / samples
     entropy = -torch.xlogy(share, share).sum(-1) / log(2)

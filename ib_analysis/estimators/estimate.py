@@ -21,7 +21,7 @@ ABOVE_ENTROPY = "above H(T)"  # the raw value exceeded the entropy of x or y, an
 
 SATURATED_SHARE = 0.7  # McAllester & Stratos 2020 (arXiv 1811.04251): no lower bound from N samples exceeds O(log N)
 SAMPLES_PER_DIMENSION = 10
-FEWEST_DOCUMENTS = 10
+MIN_DOCUMENTS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def flagged(bits: Tensor, low: Tensor, high: Tensor, flags: dict[str, Tensor]) -
 
 def too_few(count: int, documents: int, dim: int) -> bool:
     """Whether so many samples and documents are too few for so many dimensions of x and y together."""
-    return count < SAMPLES_PER_DIMENSION * dim or documents < FEWEST_DOCUMENTS
+    return count < SAMPLES_PER_DIMENSION * dim or documents < MIN_DOCUMENTS
 
 
 def drifts(whole: Tensor, halves: Tensor, quarters: Tensor, allowed: Tensor) -> Tensor:

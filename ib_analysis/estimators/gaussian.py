@@ -17,10 +17,10 @@ from ib_analysis.estimators.bootstrap import bootstrap_interval
 from ib_analysis.estimators.chunks import in_chunks
 from ib_analysis.estimators.entropy import lesser_entropy_limit_bits
 from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited_to
-from ib_analysis.estimators.samples import Array, Samples, check_samples, standardized
+from ib_analysis.estimators.samples import Array, Samples, check_samples
 
-LEAST_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
-RIDGE = 1e-11  # of a variance: above LEAST_PIVOT, far below the rounding of 16-bit floats
+MIN_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
+RIDGE = 1e-11  # of a variance: above MIN_PIVOT, far below the rounding of 16-bit floats
 MISFIT_DEVIATIONS = 5.0
 NORMAL_QUANTILE = 1.96
 
@@ -94,16 +94,6 @@ def information_bits(covariance: Tensor, dim_x: int, count: int) -> Tensor:
     return _information_bits(*_checked_pivots(covariance, dim_x, count), count)
 
 
-def total_correlation_bits(values: Tensor) -> Tensor:
-    """-1/2 log2 |correlation| [...] of values [..., N, d]: what the sum of column entropies counts twice; unbiased if Gaussian.
-
-    Raises EstimatorError if there are no more samples than columns, or if some columns determine others.
-    """
-    z = standardized(values)
-    pivots, _ = _checked_pivots(z.mT @ z / z.shape[-2], z.shape[-1], z.shape[-2])
-    return _total_correlation_bits(pivots, z.shape[-2])
-
-
 def information_or_nan_bits(covariance: Tensor, dim_x: int, count: int) -> Tensor:
     """As `information_bits`, [...] from covariances [..., D, D]; NaN where it would raise, so that other heads have theirs."""
     (joint, joint_holds), (last, last_holds) = (_held_pivots(part) for part in (covariance, covariance[..., dim_x:, dim_x:]))
@@ -113,18 +103,21 @@ def information_or_nan_bits(covariance: Tensor, dim_x: int, count: int) -> Tenso
 
 
 def total_correlation_or_nan_bits(covariance: Tensor, count: int) -> Tensor:
-    """As `total_correlation_bits`, [...] from covariances [..., d, d] of `count` samples; NaN where it would raise."""
+    """-1/2 log2 |correlation| [...] from covariances [..., d, d] of `count` samples: what the sum of column entropies counts
+    twice; unbiased if Gaussian. NaN where there are no more samples than columns, or where some columns determine others."""
     pivots, holds = _held_pivots(covariance)
-    if count <= covariance.shape[-1]:
+    dim = covariance.shape[-1]
+    if count <= dim:
         return torch.full_like(holds, torch.nan, dtype=pivots.dtype)
-    return _total_correlation_bits(pivots, count).where(holds, torch.nan)
+    bias = dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)
+    return ((-pivots.log().sum(-1) - bias / 2) / log(2)).where(holds, torch.nan)
 
 
 def regular(covariance: Tensor) -> Tensor:
     """Correlations of covariances [..., D, D], made regular: a constant variable becomes an independent one, and copies up to
     rounding share 20 bits rather than infinitely many."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    varies = variance > LEAST_PIVOT * variance.amax(-1, keepdim=True)
+    varies = variance > MIN_PIVOT * variance.amax(-1, keepdim=True)
     scale = variance.where(varies, 1).rsqrt() * varies
     correlation = covariance * scale[..., None] * scale[..., None, :]
     return correlation + torch.diag_embed(torch.where(varies, RIDGE, 1.0).to(covariance.dtype))
@@ -151,7 +144,7 @@ def _factored(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _held_pivots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Pivots [..., D], and whether all exist and rounding could have made none of them [...]."""
     _, pivots, failed = _factored(covariance)
-    return pivots, (failed == 0) & (pivots.square() >= LEAST_PIVOT).all(-1)
+    return pivots, (failed == 0) & (pivots.square() >= MIN_PIVOT).all(-1)
 
 
 def _checked_pivots(covariance: Tensor, dim_x: int, count: int) -> tuple[Tensor, Tensor]:
@@ -181,15 +174,10 @@ def _check_pivots(joint: Tensor, last: Tensor, joint_failed: Tensor, last_failed
 
 def _check_each_pivot(pivots: Tensor, failed: Tensor, reason: str) -> None:
     columns = torch.arange(1, pivots.shape[-1] + 1, device=pivots.device)
-    dependent = (pivots.square() < LEAST_PIVOT) | (columns == failed[..., None])
+    dependent = (pivots.square() < MIN_PIVOT) | (columns == failed[..., None])
     if dependent.any():
         *head, column = dependent.nonzero()[0].tolist()
         raise EstimatorError(f"{reason} {column}" + (f" of head {head}" if head else ""))
-
-
-def _total_correlation_bits(pivots: Tensor, count: int) -> Tensor:
-    dim = pivots.shape[-1]
-    return (-pivots.log().sum(-1) - (dim * _log_determinant_bias(1, count) - _log_determinant_bias(dim, count)) / 2) / log(2)
 
 
 def _information_bits(joint: Tensor, last: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ Counts: TypeAlias = "NDArray[np.int64]"
 PARTS = 8  # disjoint parts of the documents, from which the interval comes
 TREE_DIMENSIONS = 6  # of x and y together; in more, a tree is slower than looking at all pairs
 ROWS = 16  # of the distance matrix at once: small enough for the processor's cache
-LEAST_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
+MIN_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _smallest(values: Tensor, rank: int) -> Tensor:
 
 
 def _check_radius(squared: float, neighbours: int) -> None:
-    if squared < LEAST_SQUARED_RADIUS:
+    if squared < MIN_SQUARED_RADIUS:
         raise EstimatorError(f"more than {neighbours} samples are equal: KSG needs continuous variables, see CodeEntropy")
 
 

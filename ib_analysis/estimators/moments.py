@@ -72,16 +72,17 @@ class Moments:
         The width is NaN if there are fewer documents than groups.
         """
         groups = torch.arange(self.groups, device=self.counts.device)
-        bits = bits_of(*self.covariance(groups))
+        bits = bits_of(*self.covariance())
         if self.groups < 2 or self.documents < self.groups:
             return bits, torch.full_like(bits, torch.nan)
         left_out = torch.stack([bits_of(*self.covariance(groups[groups != out])) for out in range(self.groups)])  # [G, ...]
         error = (left_out - left_out.mean(0)).square().sum(0).mul((self.groups - 1) / self.groups).sqrt()
         return bits, error * float(stdtrit(self.groups - 1, (1 + LEVEL) / 2))
 
-    def covariance(self, groups: Tensor) -> tuple[Tensor, int]:
-        """(covariance [..., D, D], number of samples) of some groups."""
-        counts, means, scatters = self.counts[groups], self.means[groups], self.scatters[groups]
+    def covariance(self, groups: Tensor | None = None) -> tuple[Tensor, int]:
+        """(covariance [..., D, D], number of samples) of some groups, by default of all."""
+        some = slice(None) if groups is None else groups
+        counts, means, scatters = self.counts[some], self.means[some], self.scatters[some]
         count = counts.sum()
         mean = torch.tensordot(counts, means, dims=1) / count
         between = means - mean  # [G, ..., D]

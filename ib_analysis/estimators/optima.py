@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ib_analysis.errors import EstimatorError
 
-MOST_ROUNDS = 200_000
-
 
 def canonical_correlations(covariance: ArrayLike, dim_x: int) -> NDArray[np.float64]:
     """Canonical correlations of x and y, largest first, from their joint covariance [dx + dy, dx + dy], x first."""
@@ -77,27 +75,3 @@ def shannon_lower_bound(entropy_bits: float, distortion: float, dim: int = 1) ->
     if not distortion > 0:
         raise EstimatorError("the Shannon lower bound needs a positive distortion")
     return entropy_bits - dim / 2 * log2(2 * pi * e * distortion / dim)
-
-
-def blahut_arimoto(points: ArrayLike, probabilities: ArrayLike, slope: float, gap_bits: float = 1e-4) -> tuple[float, float]:
-    """(rate in bits, distortion) on the rate-distortion curve of a scalar source, where it falls by `slope` bits per unit.
-
-    The source takes `points` [K] with `probabilities` [K]; it is reproduced by the same points at squared error. Converged
-    when the rate is within gap_bits of a lower bound on R(distortion) (Blahut 1972, theorem 6).
-    """
-    values, source = np.asarray(points, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
-    if values.shape != source.shape or values.ndim != 1 or slope <= 0 or source.min() < 0 or not np.isclose(source.sum(), 1):
-        raise EstimatorError("points and probabilities must be [K], the latter add to 1, and the slope be positive")
-    error = np.square(values[:, None] - values)  # [K, K]: of reproducing the row by the column
-    kernel = np.exp2(-slope * error)
-    output = np.full(len(values), 1 / len(values))
-    for _ in range(MOST_ROUNDS):
-        normaliser = kernel @ output  # [K]
-        gain = np.maximum((source / normaliser) @ kernel, 1e-300)  # [K]; at the optimum 1 where the output is used, else less
-        used = output * gain
-        surplus = float(used @ np.log2(gain))
-        if np.log2(gain.max()) - surplus < gap_bits:
-            distortion = float(((source / normaliser) @ (kernel * error)) @ output)
-            return float(-slope * distortion - source @ np.log2(normaliser)) - surplus, distortion
-        output = used
-    raise EstimatorError(f"no convergence to {gap_bits} bits in {MOST_ROUNDS} rounds: allow a wider gap or a coarser grid")

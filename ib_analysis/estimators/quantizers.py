@@ -7,7 +7,6 @@ from functools import lru_cache
 from math import log2, sqrt
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar, root
@@ -81,16 +80,6 @@ def dithered_bits(step: float) -> float:
 
     reach = REACH + step / 2
     return 2 * quad(integrand, 0, reach, limit=500, epsabs=1e-12)[0] - log2(step)
-
-
-def float_entropy_bits(dtype: torch.dtype) -> float:
-    """Entropy of a standard normal variable rounded to a 16-bit float: what a 16-bit cache holds of each element."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double().numpy()
-    values = np.unique(every[np.isfinite(every)])
-    edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
-    # By symmetry from the negative half, where differences of small probabilities do not cancel.
-    negative = np.diff(ndtr(np.minimum(edges, 0)))
-    return 2 * _entropy_bits(negative)
 
 
 def _entropy_bits(probabilities: NDArray[np.float64]) -> float:

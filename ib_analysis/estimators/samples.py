@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ib_analysis.errors import EstimatorError
 
-Array: TypeAlias = "Tensor | NDArray[np.generic]"
+Array: TypeAlias = Tensor | NDArray[np.generic]
 
 EXTREME_EXPONENT = 200  # float64 ends at 2^1024, and fourth powers are taken
-LARGEST_EXPONENT = 1000
+MAX_EXPONENT = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,5 +135,5 @@ def _varying(name: str, values: Tensor) -> Tensor:
         raise EstimatorError(f"column {column}{where} of {name} is constant: drop it, it carries no information")
     exponent = torch.frexp(highest.maximum(-lowest)).exponent.double()
     extreme = exponent.abs() > EXTREME_EXPONENT
-    factor = (-exponent).clamp(max=LARGEST_EXPONENT).exp2()
+    factor = (-exponent).clamp(max=MAX_EXPONENT).exp2()
     return values * factor.where(extreme, 1) if extreme.any() else values

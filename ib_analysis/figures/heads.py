@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ib_analysis.figures.style import PAGE_INCHES, RC, new_figure
+from ib_analysis.figures.style import PAGE_INCHES, RC, new_figure, save_figure
 
-MOST_NUMBERS = 96  # cells; beyond, numbers would not fit
+MAX_NUMBERS = 96  # cells; beyond, numbers would not fit
 PANELS = (("token_share", "tokens kept (share)", 0, 1), ("key_bits", "key bits", 0, 8), ("value_bits", "value bits", 0, 8))
 
 
@@ -27,8 +29,12 @@ def head_table(tiers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "head", "token_share", "key_bits", "value_bits"])
 
 
-def plot_heads(heads: pd.DataFrame) -> Figure:
-    """Three heatmaps, layer by KV head, of a `head_table`. Heads that keep nothing have no bits."""
+def draw_heads(tiers: pd.DataFrame, path: str | Path | None = None) -> Figure:
+    """Three heatmaps, layer by KV head, of the `head_table` of these tiers; with `path` also written there.
+
+    Heads that keep nothing have no bits.
+    """
+    heads = head_table(tiers)
     layers = heads.layer.nunique()
     figure = new_figure(3, PAGE_INCHES, 0.8 + max(1.0, 0.25 * layers))
     with rc_context(RC):
@@ -39,7 +45,7 @@ def plot_heads(heads: pd.DataFrame) -> Figure:
                 vmin=low,
                 vmax=high,
                 cmap="cividis",
-                annot=len(heads) <= MOST_NUMBERS,
+                annot=len(heads) <= MAX_NUMBERS,
                 fmt=".2g",
                 linewidths=0.5,
                 annot_kws={"size": 7},
@@ -47,4 +53,4 @@ def plot_heads(heads: pd.DataFrame) -> Figure:
             axes.set_title(title)
             axes.set_xlabel("KV head")
             axes.set_ylabel("layer" if name == "token_share" else "")
-    return figure
+    return save_figure(figure, heads, path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ib_analysis.files import write_whole
@@ -32,18 +34,40 @@ RC: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 COLORS = sns.color_palette("colorblind").as_hex()
+MARKERS, LINES = "os^DvP*X", ("-", "--", ":", "-.")
+ORDER = ("optimal", "uniform", "quantized pruning", "prune-only", "quantize-only")  # the same look in all figures; then others
+
+
+class Look(NamedTuple):
+    """How a series is drawn, to be told apart in grey, too."""
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """A look for each different name."""
+    different = sorted(dict.fromkeys(names), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+    return {
+        name: Look(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]) for i, name in enumerate(different)
+    }
 
 
 def new_figure(columns: int, width_inches: float, height_inches: float) -> Figure:
     """A figure with a row of axes, outside of pyplot: nothing to close, no window."""
     with mpl.rc_context(RC):
         figure = Figure(figsize=(width_inches, height_inches), dpi=300)
+        FigureCanvasAgg(figure)  # one for all: without it every tick label gets, and keeps, a canvas of its own
         figure.subplots(1, columns)
     return figure
 
 
-def save_figure(figure: Figure, table: pd.DataFrame, stem: Path) -> None:
-    """Writes stem.pdf, stem.png and stem.csv; the same figure gives the same bytes."""
+def save_figure(figure: Figure, table: pd.DataFrame, path: str | Path | None) -> Figure:
+    """The figure; with a path also written to path.pdf, path.png and path.csv. The same figure gives the same bytes."""
+    if path is None:
+        return figure
+    stem = Path(path)
     suffixes = (".pdf", ".png", ".csv")
     name = stem.stem if stem.suffix in suffixes else stem.name  # budget_0.125 is a whole name
     pdf, png, csv = (stem.with_name(name + suffix) for suffix in suffixes)
@@ -51,3 +75,4 @@ def save_figure(figure: Figure, table: pd.DataFrame, stem: Path) -> None:
         write_whole(pdf, lambda path: figure.savefig(path, format="pdf", metadata={"CreationDate": None}))
         write_whole(png, lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
     write_whole(csv, lambda path: table.to_csv(path, index=False))
+    return figure

@@ -1,15 +1,10 @@
-"""How many tokens at which precision, where? Grids of candidates; measurement chooses among them."""
+"""How many tokens at which precision, where? A new policy is one file and one row in POLICIES."""
 
-from collections.abc import Callable
+from ib_analysis.policies.policy import Cell, Policy
+from ib_analysis.policies.prune_only import prune_only
+from ib_analysis.policies.quantize_only import quantize_only
+from ib_analysis.policies.uniform import uniform
 
-from ib_analysis.plan import Pinned, Plans
-from ib_analysis.policies.uniform import prune_only, quantize_only, uniform_grid
-from ib_analysis.shape import CacheShape
+POLICIES: dict[str, Policy] = {"uniform": uniform, "prune-only": prune_only, "quantize-only": quantize_only}
 
-POLICIES: dict[str, Callable[[CacheShape, Pinned, int, float], list[Plans]]] = {
-    "uniform": uniform_grid,
-    "prune_only": prune_only,
-    "quantize_only": quantize_only,
-}
-
-__all__ = ["POLICIES"]
+__all__ = ["POLICIES", "Cell", "Policy"]

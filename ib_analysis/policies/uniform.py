@@ -1,49 +1,39 @@
-"""One setting for all heads: the grid of tokens and bits of the source paper (arXiv 2412.12706), and its two edges."""
+"""One setting for all heads: the grid of tokens and bits of the source paper (arXiv 2412.12706)."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
+from ib_kernels import tokens_nbytes
 
-from ib_analysis.formats.packed import tokens_nbytes
-from ib_analysis.options import FULL, precisions
-from ib_analysis.plan import HeadPlan, Pinned, Plans, Tier, excess_bytes
-from ib_analysis.shape import CacheShape
-
-
-def uniform_grid(shape: CacheShape, pinned: Pinned, context_length: int, share: float) -> list[Plans]:
-    """For every format, key and value precision, the cell with the most tokens within a share from a context length on."""
-    cells = [_largest_cell(shape, pinned, context_length, share, fmt, bits) for fmt, bits in precisions()]
-    return [cell for cell in cells if cell is not None]
+from ib_analysis.cache.plan import FULL, HeadPlan, Plans, Tier, precisions
+from ib_analysis.cache.spec import ByteLimit, CacheSpec
+from ib_analysis.policies.policy import Cell
 
 
-def prune_only(shape: CacheShape, pinned: Pinned, context_length: int, share: float) -> list[Plans]:
-    """As many tokens as fit, at 16 bits."""
-    fmt = precisions()[-1][0]
-    cell = _largest_cell(shape, pinned, context_length, share, fmt, FULL)
-    return [] if cell is None else [cell]
+def uniform(spec: CacheSpec, limit: ByteLimit) -> Iterator[Cell]:
+    """For every format, key and value precision, the cell with the most tokens."""
+    for fmt, bits in precisions():
+        yield from largest_cell(spec, limit, fmt, bits)
 
 
-def quantize_only(shape: CacheShape, pinned: Pinned, context_length: int, share: float) -> list[Plans]:
-    """All tokens, at every precision that fits; none fits a small budget."""
-    cells = uniform_grid(shape, pinned, context_length, share)
-    return [cell for cell in cells if all(plan.kept_share == 1 for row in cell if row for plan in row)]
-
-
-def _largest_cell(
-    shape: CacheShape, pinned: Pinned, context_length: int, share: float, fmt: str, bits: tuple[int, int]
-) -> Plans | None:
-    """The cell that keeps the most of the compressible tokens, None if not even one token fits."""
-    tokens = pinned.compressible(context_length)
-    pinned_bytes = sum(pinned.nbytes(context_length, shape.layers[i]) for i in shape.compressible)
-    spare = int(share * shape.bytes_per_token * context_length) - pinned_bytes
+def largest_cell(spec: CacheSpec, limit: ByteLimit, fmt: str, bits: tuple[int, int]) -> Iterator[Cell]:
+    """The cell that keeps the most of the compressible tokens; nothing if not even one token fits."""
+    tokens = spec.recent.compressible(limit.context_length)
     counts = np.arange(1, tokens + 1)
-    alike = Counter(shape.layers[i].head_dim for i, _ in shape.heads)
+    alike = Counter(spec.shape.layers[i].head_dim for i, _ in spec.shape.heads)
     nbytes = np.sum([heads * tokens_nbytes(fmt, counts, dim, *bits) for dim, heads in alike.items()], axis=0)
-    for count in counts[nbytes <= spare][::-1].tolist():
-        plan = HeadPlan(fmt, (Tier(count / tokens, *bits),))
-        cell = tuple(None if layer.sliding_window else (plan,) * layer.kv_heads for layer in shape.layers)
-        if excess_bytes(shape, cell, pinned, share, context_length) == 0:
-            return cell
-    return None
+    for count in counts[nbytes <= limit.spare][::-1].tolist():
+        plans = spec.uniform(HeadPlan(fmt, (Tier(count / tokens, *bits),)))
+        if limit.excess(plans) == 0:
+            yield _labelled(plans, count / tokens, fmt, bits)
+            return
+
+
+def _labelled(plans: Plans, share: float, fmt: str, bits: tuple[int, int]) -> Cell:
+    if bits == FULL:
+        return Cell(plans, "prune-only", f"{share:.1%} of tokens at 16 bits")
+    family = "quantize-only" if share == 1 else "quantized pruning"
+    return Cell(plans, family, f"{share:.1%} of tokens, {fmt}, keys {bits[0]} values {bits[1]} bits")

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from ib_analysis.embedded import HELD_OUT, MODEL
 from ib_analysis.errors import CalibrationError
+from ib_analysis.model.bundled import HELD_OUT, MODEL
 from ib_analysis.tasks.prompt import Prompt
 
 CHARACTERS_PER_TOKEN = 4  # more than the text has on average, so that an excerpt is long enough

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32
+Kind = str | tuple[str, ...]  # of an argument
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 ASYNCHRONOUS_COPY = ("LDGSTS", "UTMALDG")
 
@@ -50,27 +52,27 @@ class MachineCode:
 
 
 def compile_for(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], capability: int
+    kernel: Any, types: dict[str, Kind], constants: dict[str, Any], launch: dict[str, Any], capability: int
 ) -> MachineCode:
     """Compile a kernel ahead of time.
 
     Args:
         kernel: a `triton.jit` function.
-        types: type of every argument that is no constant ("*fp16", "i32", ...), and more. A pointer is a multiple of 16
-            bytes; "i32:16" is an integer that is a multiple of 16, which the compiler is told at a launch too.
+        types: type of every argument that is no constant ("*fp16", "i32", ..., or a named tuple of them), and more. A pointer is
+            a multiple of 16 bytes; "i32:16" is an integer that is a multiple of 16, which the compiler is told at a launch too.
         constants: value of every constant.
-        options: num_warps, num_stages, ...
+        launch: num_warps, num_stages, ...
         capability: 80, 90 or 100 for sm_80, sm_90 or sm_100.
     """
-    position = {name: index for index, name in enumerate(kernel.arg_names)}
     kinds = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [path for path, kind in _paths(kinds) if "*" in kind or ":16" in kind]
     source = ASTSource(
         fn=kernel,
-        signature={name: kind.split(":")[0] for name, kind in kinds.items()},
-        constexprs={(position[name],): value for name, value in constants.items()},
-        attrs={(position[name],): [["tt.divisibility", 16]] for name, kind in kinds.items() if "*" in kind or ":16" in kind},
+        signature={name: _plain(kind) for name, kind in kinds.items()},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=launch)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
@@ -81,7 +83,24 @@ def compile_for(
         raise RuntimeError(f"cuobjdump printed no resources: {resources!r}")
     registers, stack, local = map(int, found.groups())
     program, loop = instructions(assembly)
-    return MachineCode(registers, stack, local, compiled.metadata.shared, program, loop, options["num_warps"])
+    return MachineCode(registers, stack, local, compiled.metadata.shared, program, loop, launch["num_warps"])
+
+
+def _plain(kind: Kind) -> Kind:
+    """The type, or the named tuple of types, without what is said about alignment."""
+    if isinstance(kind, str):
+        return kind.split(":")[0]
+    plain = (part.split(":")[0] for part in kind)
+    return type(kind)(*plain) if hasattr(kind, "_fields") else tuple(plain)
+
+
+def _paths(kinds: dict[str, Kind]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Type of every argument, and of every part of those that are tuples, by position."""
+    for i, kind in enumerate(kinds.values()):
+        if isinstance(kind, str):
+            yield (i,), kind
+        else:
+            yield from (((i, j), part) for j, part in enumerate(kind))
 
 
 def instructions(assembly: str) -> tuple[Counter[str], Counter[str]]:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from ib_kernels import Packed, Plan, Window, decoding, packed_attention, plan, quantize_pack
+from ib_kernels import Packed, Window, packed_attention, quantize_pack, schedule
 from results import Measured, NotRunError, Task
 from timing import copies_beyond_cache, device, graph_milliseconds
 from torch import Tensor
@@ -69,20 +69,14 @@ def time_packed(case: Case, fmt: str, bits: int, skewed: bool) -> Measured:
     window = random_window(case)
     nbytes = packed_bytes(packed[0]) + sum(x.nbytes for x in (window.keys, window.values))
     packed += [random_packed(case, lengths, fmt, bits) for _ in range(copies_beyond_cache(nbytes) - 1)]
-    step = plan(packed[0:1], case.pairs, device(), rows=case.group)
+    made = schedule(packed[0:1], case.pairs, device(), rows=case.group)
     query = torch.randn(case.pairs, case.group, case.head_dim, dtype=torch.bfloat16, device=device())
 
     def call() -> None:
         for layer in packed:
-            attend(query, [layer], window, case.head_dim**-0.5, step=step)
+            packed_attention(query, [layer], window, case.head_dim**-0.5, schedule=made, backend="triton")
 
     return Measured.of_graphs(graph_milliseconds(call), len(packed), nbytes)
-
-
-def attend(query: Tensor, parts: list[Packed], window: Window, scaling: float, step: Plan | None = None) -> tuple[Tensor, Tensor]:
-    """The kernels, under the interpreter as well."""
-    run = packed_attention if torch.cuda.is_available() else decoding.packed_attention_triton
-    return run(query, parts, window, scaling, step=step)
 
 
 def run_lengths(case: Case, skewed: bool) -> Tensor:

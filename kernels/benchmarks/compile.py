@@ -19,37 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ahead_of_time import MachineCode, compile_for
-from ib_kernels import (
-    decoding_triton,
-    kivi_triton,
-    merge_triton,
-    quantize_triton,
-    raw_attention_triton,
-    rotated_triton,
-    rotation_triton,
-)
+from ahead_of_time import Kind, MachineCode, compile_for
+from ib_kernels import decoding_triton, merge_triton, quantize_triton, raw_attention_triton
+from ib_kernels.formats import FORMATS
+from ib_kernels.formats.kivi import kernels as kivi
+from ib_kernels.formats.rotated import kernels as rotated
+from ib_kernels.formats.rotated import rotation
+from ib_kernels.launch_table import Asked
 
 CAPABILITIES = (80, 90, 100)
 HEAD_DIMS = (128, 64, 96, 256)
 BITS = (2, 3, 4, 8)
-MOST_REGISTERS = 255
+MAX_REGISTERS = 255
 # Thread instructions per element of a cache of head_dim 128, for a GPU of 33.4e12 a second and 4.3e12 bytes a second.
-# rotated at 4 and 2 bits: what kernels.md found for one scale a page; kivi: its metadata, a bit per element, allows more.
+# rotated at 4 and 2 bits: what one scale for many tokens would take; kivi: its metadata, a bit per element, allows more.
 BUDGETS = {("rotated", 4): 4.1, ("rotated", 2): 2.2, ("kivi", 4): 4.9, ("kivi", 2): 4.9}
 
-TYPES = {
+SIDE = decoding_triton.PackedSide("*i16", "*fp16", "*fp16")
+TYPES: dict[str, Kind] = {
     **dict.fromkeys(("query", "keys", "values", "x"), "*bf16"),
     **dict.fromkeys(("shifts", "out", "lse", "partial", "partial_lse", "bias", "turned"), "*fp32"),
-    **dict.fromkeys(("k_scale", "k_minimum", "v_scale", "v_minimum", "scale", "minimum", "centre"), "*fp16"),
-    **dict.fromkeys(("k_words", "v_words", "words"), "*i16"),
-    **dict.fromkeys(("pairs", "items", "slots", "groups", "pieces", "lengths"), "*i32"),
+    **dict.fromkeys(("scale", "minimum", "centre"), "*fp16"),
+    "words": "*i16",
+    **dict.fromkeys(("pairs", "items", "slots", "groups", "blocks", "lengths"), "*i32"),
     **dict.fromkeys(("mask", "rotated"), "*u8"),
     "rows": "*i64",
     "sums": "*fp64",
     **dict.fromkeys(("scaling", "softcap"), "fp32"),
     **dict.fromkeys(("R", "count", "heads", "window", "positions", "mask_stride", "pairs_per_sequence", "size", "length"), "i32"),
-    **dict.fromkeys(("batch_stride", "head_stride", "token_stride"), "i32:16"),
+    "strides": ("i32:16",) * 3,
 }
 
 
@@ -60,8 +58,8 @@ class Variant:
     name: str
     kernel: Any
     constants: dict[str, Any]
-    options: dict[str, Any]
-    types: dict[str, str]
+    launch: dict[str, Any]
+    types: dict[str, Kind]
     elements: int = 0  # of keys and values, in one pass of the loop; 0 if it has no loop over them
     matrix: bool = False
     copies: bool = False
@@ -70,80 +68,80 @@ class Variant:
 
 def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, value_bits: int) -> Iterator[Variant]:
     """`attend_kernel` for few and for many query rows, for queries of 16 and (kivi) of 32 bits."""
-    dtypes = (torch.float32,) if fmt == "rotated" else (torch.bfloat16, torch.float32)
-    for rows, dtype, softcap in product((4, 16), dtypes, (False, True)):
-        constants = decoding_triton.variant(fmt, head_dim, key_bits, value_bits, rows, dtype, softcap)
-        if rows == 16 and constants["M"] == 8:
+    kernels = FORMATS[fmt].kernels
+    assert kernels is not None
+    dtypes = (torch.float32,) if kernels.rotates else (torch.bfloat16, torch.float32)
+    for many_rows, dtype, softcap in product((False, True), dtypes, (False, True)):
+        precision = (head_dim, key_bits, value_bits)
+        asked = Asked(kernels.grouped, *precision, many_rows, dtype == torch.float32, softcap, capability)
+        constants, launch = decoding_triton.variant(asked)
+        if many_rows and constants["M"] == 8:
             continue
-        plain = head_dim == 128 and rows == 4 and not softcap and (fmt == "rotated" or dtype == torch.bfloat16)
-        options = decoding_triton.options(constants, capability)
+        plain = head_dim == 128 and not (many_rows or softcap) and dtype == dtypes[0]
         yield Variant(
             f"attend {fmt} k{key_bits} v{value_bits} d{head_dim} rows {constants['M']} {str(dtype)[6:]}{' softcap' * softcap}",
             decoding_triton.attend_kernel,
             constants | {"ASM": True},
-            options,
-            TYPES | {"query": "*fp32" if dtype == torch.float32 else "*bf16"},
+            launch,
+            TYPES | {"query": "*fp32" if dtype == torch.float32 else "*bf16", "keys": SIDE, "values": SIDE},
             2 * constants["N"] * head_dim,
             matrix=True,
-            copies=options["num_stages"] > 1,
+            copies=launch["num_stages"] > 1,
             budget=BUDGETS.get((fmt, key_bits)) if plain and key_bits == value_bits else None,
         )
 
 
 def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
     """The kernels that pack and unpack one side of a cache."""
-    kivi = kivi_triton.pack_constants(head_dim, bits)
-    for kernel, x in product((kivi_triton.pack_keys_kernel, kivi_triton.pack_values_kernel), ("*bf16", "*fp32")):
+    constants = kivi.pack_constants(head_dim, bits)
+    for kernel, x in product((kivi.pack_keys_kernel, kivi.pack_values_kernel), ("*bf16", "*fp32")):
         name = f"{kernel.__name__} kivi b{bits} d{head_dim} {x[1:]}"
-        options = kivi_triton.pack_options(head_dim, keys=kernel is kivi_triton.pack_keys_kernel)
-        yield Variant(name, kernel, kivi, options, TYPES | {"x": x}, 32 * head_dim, matrix=True)
-    for keys in (True, False):
-        unpack, options = kivi_triton.unpack_variant(head_dim, bits, keys)
-        name = f"unpack_kernel kivi b{bits} d{head_dim} {'keys' if keys else 'values'}"
-        yield Variant(name, kivi_triton.unpack_kernel, unpack, options, TYPES, 32 * head_dim)
-    for centred in (True, False):
-        side = "keys" if centred else "values"
-        rotated = rotated_triton.pack_constants(head_dim, bits, centred)
-        elements = rotated["N"] * head_dim
+        launch = kivi.pack_launch(head_dim, keys=kernel is kivi.pack_keys_kernel)
+        yield Variant(name, kernel, constants, launch, TYPES | {"x": x}, 32 * head_dim, matrix=True)
+    for side in ("keys", "values"):
+        name = f"unpack_kernel kivi b{bits} d{head_dim} {side}"
+        yield Variant(name, kivi.unpack_kernel, *kivi.unpack_variant(head_dim, bits, side == "keys"), TYPES, 32 * head_dim)
+    for side in ("keys", "values"):
+        constants = rotated.pack_constants(head_dim, bits, side == "keys")
+        elements = constants["N"] * head_dim
         for x, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
             name = f"pack_kernel rotated b{bits} d{head_dim} {side} {x[1:]}"
-            options = rotated_triton.options(head_dim, dtype)
-            yield Variant(name, rotated_triton.pack_kernel, rotated, options, TYPES | {"x": x}, elements)
+            launch = rotated.pack_launch(head_dim, dtype)
+            yield Variant(name, rotated.pack_kernel, constants, launch, TYPES | {"x": x}, elements)
         name = f"unpack_kernel rotated b{bits} d{head_dim} {side}"
-        options = rotated_triton.options(head_dim, torch.bfloat16)
-        yield Variant(name, rotated_triton.unpack_kernel, rotated, options, TYPES, elements)
+        constants = rotated.unpack_constants(head_dim, bits, side == "keys")
+        launch = rotated.pack_launch(head_dim, torch.bfloat16)
+        yield Variant(name, rotated.unpack_kernel, constants, launch, TYPES, elements)
 
 
 def other_variants(head_dim: int) -> Iterator[Variant]:
     """Kernels that no precision enters."""
-    rotation = rotation_triton.constants(head_dim)
     types = TYPES | {"rotated": "*fp32"}
-    yield Variant(
-        f"rotate_query_kernel d{head_dim}", rotation_triton.rotate_query_kernel, rotation, rotation_triton.OPTIONS, types
-    )
+    constants = rotation.constants(head_dim)
+    yield Variant(f"rotate_query_kernel d{head_dim}", rotation.rotate_query_kernel, constants, rotation.LAUNCH, types)
     if head_dim == HEAD_DIMS[0]:  # one for all of them
-        yield Variant("pieces_kernel", quantize_triton.pieces_kernel, {}, {"num_warps": 4, "num_stages": 3}, TYPES)
+        yield Variant("blocks_kernel", quantize_triton.blocks_kernel, {}, {"num_warps": 4, "num_stages": 3}, TYPES)
     yield Variant(
         f"mean_kernel d{head_dim}",
-        rotated_triton.mean_kernel,
-        rotated_triton.mean_constants(head_dim),
-        rotated_triton.MEAN_OPTIONS,
+        rotated.mean_kernel,
+        rotated.mean_constants(head_dim),
+        rotated.MEAN_LAUNCH,
         TYPES,
         32 * head_dim,
     )
-    for bias, window, rotated in product((False, True), repeat=3):
-        constants, options = merge_triton.variant(head_dim, bias, window, rotated)
-        flags = " bias" * bias + " window" * window + " rotated" * rotated
-        yield Variant(f"merge_kernel d{head_dim}{flags}", merge_triton.merge_kernel, constants, options, TYPES, 32 * head_dim)
+    for bias, window, turned in product((False, True), repeat=3):
+        constants, launch = merge_triton.variant(head_dim, bias, window, turned)
+        flags = " bias" * bias + " window" * window + " rotated" * turned
+        yield Variant(f"merge_kernel d{head_dim}{flags}", merge_triton.merge_kernel, constants, launch, TYPES, 32 * head_dim)
     for softcap, (window, mask), dtype in product(
         (False, True), ((False, False), (True, False), (True, True)), ("*bf16", "*fp16")
     ):
-        constants, options = raw_attention_triton.variant(head_dim, softcap, window, mask)
+        constants, launch = raw_attention_triton.variant(head_dim, softcap, window, mask)
         types = TYPES | {"keys": dtype, "values": dtype}
         flags = " softcap" * softcap + " window" * window + " mask" * mask
         name = f"raw d{head_dim} {dtype[1:]}{flags}"
         elements = 2 * constants["N"] * head_dim
-        yield Variant(name, raw_attention_triton.raw_kernel, constants, options, types, elements, matrix=True)
+        yield Variant(name, raw_attention_triton.raw_kernel, constants, launch, types, elements, matrix=True)
 
 
 def variants(capability: int, head_dim: int, bits: tuple[int, ...]) -> Iterator[Variant]:
@@ -163,7 +161,7 @@ def faults(variant: Variant, code: MachineCode) -> list[str]:
     found = []
     if code.spills:
         found.append(f"spills {code.stack_bytes + code.local_bytes} bytes")
-    if code.registers > MOST_REGISTERS:
+    if code.registers > MAX_REGISTERS:
         found.append(f"{code.registers} registers")
     if variant.matrix and not code.matrix_instructions:
         found.append("no matrix instructions")
@@ -204,7 +202,7 @@ def main(arguments: list[str]) -> int:
         for capability in chosen.capability or CAPABILITIES:
             for variant in variants(capability, head_dim, tuple(chosen.bits or BITS)):
                 if chosen.kernel in variant.name and (f"sm_{capability}", variant.name) not in known:
-                    code = compile_for(variant.kernel, variant.types, variant.constants, variant.options, capability)
+                    code = compile_for(variant.kernel, variant.types, variant.constants, variant.launch, capability)
                     rows.append(row(variant, capability, code))
                     print(*rows[-1].values(), sep="  ", flush=True)
                     if chosen.csv:

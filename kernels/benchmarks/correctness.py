@@ -5,10 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from attention_speed import attend
-from ib_kernels import Packed, Window, decoding, decoding_triton, quantize_pack, unpack_tokens
-from ib_kernels.packed import unpack_tokens_triton
-from ib_kernels.packing import quantize_pack_triton
+from ib_kernels import Packed, Window, decoding_triton, packed_attention, quantize_pack, unpack_tokens
 from timing import device
 from torch import Tensor
 
@@ -22,9 +19,9 @@ def differences(head_dim: int, lengths: list[int]) -> list[str]:
         name = f"{fmt} {bits} bits, {group} query heads: "
         on_cpu, packed = packed_twice(fmt, bits, head_dim, lengths)
         sides = ((on_cpu.keys, packed.keys), (on_cpu.values, packed.values))
-        if not all(same_bits(plain[part], kernels[part]) for plain, kernels in sides for part in plain):
+        if not all(same_bits(plain[name], kernels[name]) for plain, kernels in sides for name in plain):
             found.append(name + "packed bits differ from those of the plain functions")
-        unpacked = zip(unpack_tokens(on_cpu), unpack_tokens_triton(packed))
+        unpacked = zip(unpack_tokens(on_cpu, "reference"), unpack_tokens(packed, "triton"))
         if not all(same_bits(plain, kernels) for plain, kernels in unpacked):
             found.append(name + "unpacked tokens differ from those of the plain functions")
         found += [name + text for text in attention_differences(on_cpu, packed, group)]
@@ -38,10 +35,9 @@ def packed_twice(fmt: str, bits: int, head_dim: int, lengths: list[int]) -> tupl
     keys[..., 5] *= 200
     rows, counts = torch.arange(sum(lengths)), torch.tensor(lengths, dtype=torch.int32)
     pairs = torch.arange(len(lengths), dtype=torch.int32)
-    on_cpu = quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits)
+    on_cpu = quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits, backend="reference")
     keys, values, rows, counts, pairs = (x.to(device()) for x in (keys, values, rows, counts, pairs))
-    of_keys, of_values = quantize_pack_triton(fmt, keys, values, rows, counts, bits, bits, None)
-    return on_cpu, Packed(fmt, bits, bits, head_dim, of_keys, of_values, counts, pairs)
+    return on_cpu, quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits, backend="triton")
 
 
 def attention_differences(on_cpu: Packed, packed: Packed, group: int) -> list[str]:
@@ -50,8 +46,8 @@ def attention_differences(on_cpu: Packed, packed: Packed, group: int) -> list[st
     query = torch.randn(pairs, group, head_dim, generator=generator).to(torch.bfloat16)
     window = Window(*torch.randn(2, pairs, 40, head_dim, generator=generator).to(torch.bfloat16))
     moved = Window(window.keys.to(device()), window.values.to(device()))
-    out, lse = attend(query.to(device()), [packed], moved, head_dim**-0.5)
-    expected, expected_lse = decoding.packed_attention_reference(query, [on_cpu], window, head_dim**-0.5)
+    out, lse = packed_attention(query.to(device()), [packed], moved, head_dim**-0.5, backend="triton")
+    expected, expected_lse = packed_attention(query, [on_cpu], window, head_dim**-0.5, backend="reference")
     found = []
     error = ((out.cpu() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
     if not error <= RELATIVE_L2:
@@ -61,7 +57,7 @@ def attention_differences(on_cpu: Packed, packed: Packed, group: int) -> list[st
         found.append(f"the log-sum-exp differs by {error:.1e}")
     if torch.cuda.is_available():
         assembly, decoding_triton.ASSEMBLY = decoding_triton.ASSEMBLY, False
-        plain_out, plain_lse = attend(query.to(device()), [packed], moved, head_dim**-0.5)
+        plain_out, plain_lse = packed_attention(query.to(device()), [packed], moved, head_dim**-0.5, backend="triton")
         decoding_triton.ASSEMBLY = assembly
         if not (torch.equal(out, plain_out) and torch.equal(lse, plain_lse)):
             found.append("inline assembly changes bits")

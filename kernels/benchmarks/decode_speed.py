@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
 
 from ib_analysis import CompressedCache
-from ib_analysis.attention import cache_argument, use_attention
-from ib_analysis.plan import HeadPlan, Pinned, Tier
+from ib_analysis.cache.attention import cache_argument, use_attention
+from ib_analysis.cache.plan import HeadPlan, Recent, Tier
+from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.shape import cache_shape
 from ib_analysis.scorers import SCORERS
-from ib_analysis.shape import cache_shape
 
-PINNED = Pinned(sinks=4, window=128, flush=64)
+RECENT = Recent(sinks=4, window=128, flush=64)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def compile_kernels(make: Callable[[PreTrainedModel], Cache]) -> None:
     llm = model(False)
     held = make(llm)
     step(llm, torch.zeros(1, 256, dtype=torch.int64, device=device()), held)
-    for _ in range(PINNED.flush + 1):
+    for _ in range(RECENT.flush + 1):
         step(llm, torch.zeros(1, 1, dtype=torch.int64, device=device()), held)
 
 
@@ -131,9 +132,8 @@ def hqq_cache(llm: PreTrainedModel) -> Cache:
 def compressed_cache(fmt: str, bits: int, share: float, llm: PreTrainedModel) -> Cache:
     """The same share of tokens at the same precision in all heads."""
     use_attention(llm)
-    shape = cache_shape(llm.config)
-    plan = HeadPlan(fmt, (Tier(share, bits, bits),))
-    return CompressedCache(shape, tuple((plan,) * layer.kv_heads for layer in shape.layers), PINNED, SCORERS["value_aware"])
+    spec = CacheSpec(cache_shape(llm.config), RECENT, SCORERS["value_aware"])
+    return CompressedCache(spec, spec.uniform(HeadPlan(fmt, (Tier(share, bits, bits),))))
 
 
 def cache_bytes(held: Cache) -> int:

@@ -9,8 +9,7 @@ from itertools import product
 
 import torch
 from attention_speed import check_memory, packed_bytes
-from ib_kernels import Packed, quantize_pack
-from ib_kernels.packing import quantize_pack_triton
+from ib_kernels import quantize_pack
 from results import Measured, Task
 from timing import call_milliseconds, device
 from torch import Tensor
@@ -47,19 +46,10 @@ def time_packing(case: Case, fmt: str, bits: int) -> Measured:
     rows = torch.arange(0, keys.shape[:3].numel(), case.stride, device=device())
     pairs = torch.arange(case.batch * case.heads, dtype=torch.int32, device=device())
     lengths = torch.full_like(pairs, case.context // case.stride)
-    arguments = (fmt, keys, values, rows, lengths)
-    packed = pack(arguments, pairs, bits)
+    arguments = (fmt, keys, values, rows, lengths, pairs, bits, bits)
+    call = partial(quantize_pack, *arguments, backend="triton")
     kept_bytes = rows.shape[0] * 2 * keys.shape[3] * keys.element_size()
-    return Measured(call_milliseconds(lambda: pack(arguments, pairs, bits)), kept_bytes + packed_bytes(packed))
-
-
-def pack(arguments: tuple[str, Tensor, Tensor, Tensor, Tensor], pairs: Tensor, bits: int) -> Packed:
-    """The kernels, under the interpreter as well."""
-    if torch.cuda.is_available():
-        return quantize_pack(*arguments, pairs, bits, bits)
-    fmt, cache, _, _, lengths = arguments
-    keys, values = quantize_pack_triton(*arguments, bits, bits, None)
-    return Packed(fmt, bits, bits, cache.shape[3], keys, values, lengths, pairs)
+    return Measured(call_milliseconds(call), kept_bytes + packed_bytes(call()))
 
 
 def time_copy(case: Case) -> Measured:

@@ -14,33 +14,41 @@ from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
-from ib_kernels.quantizer import RAW_BITS
+from ib_kernels.formats import get_format
+from ib_kernels.formats.format import RAW_BITS
 
 Backend = Literal["triton", "reference"]
 BACKENDS = ("triton", "reference")
+Form = tuple[str, int, int]  # format, key bits, value bits
 VARIABLE = "IB_KERNELS"
 CAPABILITY = 8, 0  # of the oldest GPUs that the kernels are compiled for
-FORMATS = ("kivi", "rotated")  # that have kernels
-MOST_CHANNELS = 256
+MAX_CHANNELS = 256
 
 
-def pick_backend(device: torch.device, head_dim: int, forms: Iterable[tuple[str, int, int]]) -> Backend:
+def pick_backend(device: torch.device, head_dim: int, forms: Iterable[Form]) -> Backend:
     """What runs on this device: on a GPU plain torch if there is no kernel for some tokens, which is logged once.
 
     Args:
         device: where the tokens are.
         head_dim: their channels.
-        forms: (format, key bits, value bits) of all of them.
+        forms: those of all of them.
     """
-    backend = default_backend(device)
-    if device.type != "cuda" or VARIABLE in os.environ:
-        return backend
-    reasons = [without_kernels(device), *(without_kernel(head_dim, *form) for form in forms)]
-    for reason in reasons:
-        if reason is not None:
-            _log_once(f"attention to compressed tokens runs in plain PyTorch, which is slower: {reason}")
-            return "reference"
-    return backend
+    forms = list(forms)
+    if device.type == "cuda" and VARIABLE not in os.environ:
+        for reason in (without_kernels(device), *(without_kernel(head_dim, *form) for form in forms)):
+            if reason is not None:
+                return _plain_torch(reason)
+    return backend_of(device, forms)
+
+
+def backend_of(device: torch.device, forms: Iterable[Form], backend: Backend | None = None) -> Backend:
+    """`backend`, by default that of the device; plain torch if the format of some tokens has no kernels, logged once."""
+    chosen = default_backend(device) if backend is None else backend
+    if chosen == "triton":
+        for fmt, *bits in forms:
+            if min(bits) != RAW_BITS and get_format(fmt).kernels is None:
+                return _plain_torch(_no_kernels(fmt))
+    return chosen
 
 
 def default_backend(device: torch.device) -> Backend:
@@ -63,12 +71,12 @@ def default_backend(device: torch.device) -> Backend:
 
 def without_kernel(head_dim: int, fmt: str, key_bits: int, value_bits: int) -> str | None:
     """Why there is no kernel for such tokens; None if there is one."""
-    if head_dim % 16 or not 16 <= head_dim <= MOST_CHANNELS:
-        return f"the GPU kernels need a head_dim that is a multiple of 16 up to {MOST_CHANNELS}, got {head_dim}"
+    if head_dim % 16 or not 16 <= head_dim <= MAX_CHANNELS:
+        return f"the GPU kernels need a head_dim that is a multiple of 16 up to {MAX_CHANNELS}, got {head_dim}"
     if (key_bits == RAW_BITS) != (value_bits == RAW_BITS):
         return f"the GPU kernels have no keys of {key_bits} with values of {value_bits} bits: pack both, or leave both at 16 bits"
-    if key_bits != RAW_BITS and fmt not in FORMATS:
-        return f"the GPU kernels have the formats {list(FORMATS)}, not {fmt!r}"
+    if key_bits != RAW_BITS and get_format(fmt).kernels is None:
+        return _no_kernels(fmt)
     return None
 
 
@@ -91,6 +99,11 @@ def without_kernels(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
+def _no_kernels(fmt: str) -> str:
+    return f"the format {fmt!r} has no kernels"
+
+
+@functools.cache  # so that it is said once
+def _plain_torch(reason: str) -> Backend:
+    logging.getLogger(__name__).warning("compressed tokens are handled in plain PyTorch, which is slower: %s", reason)
+    return "reference"

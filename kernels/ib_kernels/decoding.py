@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from ib_kernels import scheduling
 from ib_kernels.attention import partial_attention
-from ib_kernels.backends import Backend, check_kernel, default_backend
-from ib_kernels.kivi import group_counts
-from ib_kernels.packed import Packed, unpack_tokens_reference
-from ib_kernels.planning import Plan, is_rotated, plan
-from ib_kernels.quantizer import RAW_BITS
+from ib_kernels.backends import Backend, backend_of, check_kernel
+from ib_kernels.formats import get_format, get_kernels
+from ib_kernels.formats.format import RAW_BITS, layout, row_count
+from ib_kernels.packed import Packed, unpack_tokens
 from ib_kernels.ragged import check_pairs, pad
+from ib_kernels.scheduling import Schedule
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,7 +42,7 @@ def packed_attention(
     scaling: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
-    step: Plan | None = None,
+    schedule: Schedule | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over packed tokens and a window, as if they were one sequence.
@@ -54,10 +55,10 @@ def packed_attention(
         scaling: factor of the logits, usually 1 / sqrt(D).
         softcap: if given, logits become softcap * tanh(logits / softcap) (Gemma 2).
         bias: fp32 [pairs, R], added to the logits of packed tokens, after the cap; or None.
-        step: `plan(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is made here
-            and the lengths are checked, for which the GPU has to catch up. With a step nothing is read back, and what is
-            allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
-        backend: by default that of the device (see `backends`).
+        schedule: `schedule(parts, pairs, device)`, which may be kept until lengths change. For the kernels only. If None it is
+            made here and the lengths are checked, for which the GPU has to catch up. With a schedule nothing is read back, and
+            what is allocated depends on shapes only, so a call can be captured in a CUDA graph once it has run.
+        backend: by default that of the device (see `backends`). A format without kernels runs in plain torch.
 
     Returns:
         (out fp32 [pairs, R, D], natural log-sum-exp of the logits fp32 [pairs, R]). A row that sees nothing gives 0 and -inf.
@@ -66,19 +67,13 @@ def packed_attention(
     head_dim that is no multiple of 16 up to 256, tensors that are not contiguous, 16 bits on one side only.
     """
     _check(query, parts, window, bias)
-    backend = default_backend(query.device) if backend is None else backend
-    if backend == "triton":
-        return packed_attention_triton(query, parts, window, scaling, softcap, bias, step)
+    if backend_of(query.device, [part.form for part in parts], backend) == "triton":
+        return packed_attention_triton(query, parts, window, scaling, softcap, bias, schedule)
     return packed_attention_reference(query, parts, window, scaling, softcap, bias)
 
 
 def packed_attention_reference(
-    query: Tensor,
-    parts: Sequence[Packed],
-    window: Window | None,
-    scaling: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
+    query: Tensor, parts: Sequence[Packed], window: Window | None, scaling: float, softcap: float | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`packed_attention` in plain torch: every part unpacked, attended to and merged."""
     outs, lses, owners = [], [], []
@@ -98,7 +93,7 @@ def packed_attention_reference(
 
 def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Attention of query [P, R, D] to the P runs of a part."""
-    keys, values = unpack_tokens_reference(part)
+    keys, values = unpack_tokens(part, "reference")
     padded_keys, present = pad(keys, part.lengths)
     padded_values, _ = pad(values, part.lengths)
     return partial_attention(query, padded_keys, padded_values, present[:, None], scaling, softcap)
@@ -135,22 +130,25 @@ def packed_attention_triton(
     scaling: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
-    step: Plan | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`packed_attention` by the kernels: one launch a part, one for the window, one to merge.
 
     In a CUDA graph the window is a branch of its own: its few programs run beside the others.
     """
-    from ib_kernels import decoding_triton, merge_triton, raw_attention_triton, rotation_triton
+    from ib_kernels.decoding_triton import attend
+    from ib_kernels.merge_triton import merge_slots
+    from ib_kernels.raw_attention_triton import attend_raw
 
     pairs, rows, head_dim = query.shape
     _check_kernels(query, parts, window, bias)
-    if step is None:
+    if schedule is None:
         _check_lengths(parts, pairs)
-        step = plan(parts, pairs, query.device, rows=rows, dtype=query.dtype, softcap=softcap is not None)
-    _check_step(step, parts, query)
+        capped = softcap is not None
+        schedule = scheduling.schedule(parts, pairs, query.device, rows=rows, dtype=query.dtype, softcap=capped)
+    _check_schedule(schedule, parts, query)
     scaling, softcap = float(scaling), None if softcap is None else float(softcap)  # an integer would be compiled for itself
-    device, slots = query.device, step.rotated.shape[0]
+    device, slots = query.device, schedule.rotated.shape[0]
     partial = torch.empty(slots, rows, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(slots, rows, dtype=torch.float32, device=device)
     out = torch.empty(pairs, rows, head_dim, dtype=torch.float32, device=device)
@@ -159,21 +157,18 @@ def packed_attention_triton(
         seen = window is not None and window.keys.shape[1] > 0
         if window is not None and seen:
             with _branch(query) as branch:
-                raw_attention_triton.attend_window(
-                    query, window.keys, window.values, window.mask, step.slots, partial, partial_lse, scaling, softcap
-                )
-        for part, items in zip(parts, step.items, strict=True):
+                held, at, tokens = (window.keys, window.values), schedule.slots, window.keys.shape[1]
+                attend_raw(query, *held, at, at, partial, partial_lse, scaling, softcap, window.mask, tokens)
+        for part, items in zip(parts, schedule.items, strict=True):
             if part.key_bits == RAW_BITS:
                 keys, values = part.keys["words"], part.values["words"]
-                raw_attention_triton.attend_items(query, keys, values, part.pairs, items, partial, partial_lse, scaling, softcap)
-            elif is_rotated(part):
-                rotated, shifts = rotation_triton.rotate_query(part, query)
-                decoding_triton.attend(part, rotated, shifts, items, partial, partial_lse, scaling, softcap)
+                attend_raw(query, keys, values, part.pairs, items, partial, partial_lse, scaling, softcap)
             else:
-                decoding_triton.attend(part, query, query, items, partial, partial_lse, scaling, softcap)
+                of_runs, shifts = get_kernels(part.format).load().queries(part.keys, part.pairs, query)
+                attend(part, of_runs, shifts, items, partial, partial_lse, scaling, softcap)
         if seen and branch is not None:
             torch.cuda.current_stream().wait_stream(branch)
-        merge_triton.merge_slots(step, partial, partial_lse, bias, seen, out, lse)
+        merge_slots(schedule, partial, partial_lse, bias, seen, out, lse)
     return out, lse
 
 
@@ -229,7 +224,7 @@ def _check_kernels(query: Tensor, parts: Sequence[Packed], window: Window | None
         raise ValueError("the GPU kernels have no gradients: call under torch.no_grad(), or pass backend='reference'")
     check_kernel(query.shape[2], "", RAW_BITS, RAW_BITS)
     for part in parts:
-        check_kernel(part.head_dim, part.format, part.key_bits, part.value_bits)
+        check_kernel(part.head_dim, *part.form)
     if window is not None and {window.keys.dtype, window.values.dtype} - set(KERNEL_DTYPES):
         raise ValueError(
             f"the GPU kernels take a window of {list(KERNEL_DTYPES)}, got {window.keys.dtype} and {window.values.dtype}"
@@ -245,17 +240,19 @@ def _check_lengths(parts: Sequence[Packed], pairs: int) -> None:
         needed = int(part.lengths.sum())
         if needed > tokens or (part.lengths.numel() and int(part.lengths.min()) < 0):
             raise ValueError(f"lengths must not be negative and need {needed} tokens, but the part holds {tokens}")
-        if part.format == "kivi" and part.key_bits != RAW_BITS:
-            groups, held = int(group_counts(part.lengths).sum()), part.keys["scale"].shape[0]
-            if groups > held:
-                raise ValueError(f"lengths need {groups} groups of keys, but there are scales of {held}")
+        for name, shape in layout(get_format(part.format).keys, part.key_bits, part.head_dim).items():
+            if shape.tokens_per_row > 1:
+                rows, held = int(row_count(shape.tokens_per_row, part.lengths).sum()), part.keys[name].shape[0]
+                if rows > held:
+                    raise ValueError(f"lengths need {rows} groups of keys, but there is a {name} of {held}")
 
 
-def _check_step(step: Plan, parts: Sequence[Packed], query: Tensor) -> None:
-    if len(step.items) != len(parts) or step.slots.shape[0] != query.shape[0] + 1 or step.slots.device != query.device:
+def _check_schedule(schedule: Schedule, parts: Sequence[Packed], query: Tensor) -> None:
+    parts_of, pairs, device = len(schedule.items), schedule.slots.shape[0] - 1, schedule.slots.device
+    if (parts_of, pairs, device) != (len(parts), query.shape[0], query.device):
         raise ValueError(
-            f"the plan is for {len(step.items)} parts and {step.slots.shape[0] - 1} pairs on {step.slots.device}, not for "
-            f"{len(parts)} and {query.shape[0]} on {query.device}: plan again after parts or the batch change"
+            f"the schedule is for {parts_of} parts and {pairs} pairs on {device}, not for {len(parts)} and {query.shape[0]} on "
+            f"{query.device}: schedule again after parts or the batch change"
         )
 
 

@@ -1,7 +1,7 @@
 """Attention over packed tokens. A program of one warp, or of two, takes the tokens of an item, 32 or 64 at a time.
 
 S^T = K q^T and O^T = V^T p^T, so that the few query rows are the narrow side of the matrix instructions. Codes enter them as
-they are: the key scale of a channel is folded into the query (kivi), or that of a token into the logits (rotated), and the
+they are: the key scale of a channel is folded into the query, or that of a token into the logits, and the
 value scale into the weights; what minima and centred codes add is summed once a token or once an item.
 """
 
@@ -13,25 +13,35 @@ from __future__ import annotations
 import math
 import os
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from ib_kernels.fields_triton import codes, columns, constants, read_high, read_words
-from ib_kernels.logits_triton import exponent, kivi_logits, read_query, rotated_logits
+from ib_kernels.fields_triton import codes, columns, read_high, read_words, tiles
+from ib_kernels.formats import get_kernels
+from ib_kernels.launch_table import MAX_NARROW_ROWS, Asked, find
+from ib_kernels.logits_triton import exponent, grouped_logits, read_query, tanh, token_logits
 from ib_kernels.packed import Packed
 from torch import Tensor
+from triton.runtime.jit import MockTensor
 
 LN2 = tl.constexpr(math.log(2))
 ASSEMBLY = os.environ.get("TRITON_INTERPRET") != "1"  # variants with inline assembly, which the interpreter does not have
 REGISTERS = 16384  # of each of the four parts of a GPU core; a warp stays in one
 RESERVED_BYTES = 1024  # of shared memory, by CUDA for each program
-FEW_ROWS = 8  # of a query, the narrow side of a matrix instruction
 SHARED_UNIT_BYTES = 128  # that CUDA gives shared memory in
 SECOND_SHARED_KB = {228: 196, 164: 132, 100: 64}  # the largest share of a core's memory but one that CUDA gives to programs
 HEADROOM = tl.constexpr(14.0)  # the largest product of weight and scale is below 2**15
-SMALLEST = tl.constexpr(2.0**-24)  # of the positive fp16 numbers
+MIN_POSITIVE = tl.constexpr(2.0**-24)  # of fp16
+
+
+class PackedSide(NamedTuple):
+    """Keys or values of an item's part as an argument of `attend_kernel`; `minimum` is any tensor if there is none."""
+
+    words: Any
+    scale: Any
+    minimum: Any
 
 
 def attend(
@@ -41,42 +51,33 @@ def attend(
 
     Args:
         packed: tokens of 2, 3, 4 or 8 bits.
-        query: kivi [pairs, R, D]; rotated fp32 [P, R, D], rotated for each run (see `rotation_triton`).
-        shifts: rotated fp32 [P, R, 2], what to add to the product of rotated query and codes, and to the logits; else unused.
-        items: int32 [W, 5] of `plan`.
-        out, lse: fp32 [slots, R, D] and [slots, R]; the output of a rotated format is still rotated.
+        query: for grouped keys [pairs, R, D]; else fp32 [P, R, D], rotated for each run (see `KernelModule.queries`).
+        shifts: fp32 [P, R, 2], what to add to the product of rotated query and codes, and to the logits; unused if grouped.
+        items: int32 [W, 5] of a `Schedule`.
+        out, lse: fp32 [slots, R, D] and [slots, R]; the output is still rotated if the query is.
     """
-    rows = query.shape[1]
-    precision = (packed.key_bits, packed.value_bits)
-    selected, launch = _launch(
-        packed.format, packed.head_dim, *precision, min(rows, FEW_ROWS + 1), query.dtype, softcap is not None, capability(query)
-    )
-    minimum = "minimum" if packed.format == "kivi" else "scale"
-    attend_kernel[(items.shape[0], -(-rows // selected["M"]))](
+    rows, grouped = query.shape[1], get_kernels(packed.format).grouped
+    precision = (packed.head_dim, packed.key_bits, packed.value_bits)
+    fp32 = query.dtype == torch.float32
+    asked = Asked(grouped, *precision, rows > MAX_NARROW_ROWS, fp32, softcap is not None, capability(query))
+    constants, launch = variant(asked)
+    minimum = "minimum" if grouped else "scale"
+    attend_kernel[(items.shape[0], -(-rows // constants["M"]))](
         query,
         shifts,
         packed.pairs,
-        *(packed.keys[name] for name in ("words", "scale", minimum)),
-        *(packed.values[name] for name in ("words", "scale", minimum)),
+        PackedSide(*(packed.keys[name] for name in ("words", "scale", minimum))),
+        PackedSide(*(packed.values[name] for name in ("words", "scale", minimum))),
         items,
         out,
         lse,
         scaling,
         1.0 if softcap is None else softcap,
         rows,
-        **selected,
+        **constants,
         **launch,
         ASM=ASSEMBLY,
     )
-
-
-@cache
-def _launch(
-    fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool, capability: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`variant` and its `options`, which every layer asks for in every step."""
-    selected = variant(fmt, head_dim, key_bits, value_bits, rows, dtype, softcap)
-    return selected, options(selected, capability)
 
 
 def capability(tensor: Tensor) -> int:
@@ -87,85 +88,34 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
-def variant(
-    fmt: str, head_dim: int, key_bits: int, value_bits: int, rows: int, dtype: torch.dtype, softcap: bool
-) -> dict[str, Any]:
-    """Constants that select one compiled variant of `attend_kernel`."""
-    small = fmt == "rotated" and head_dim <= 128 and 3 not in (key_bits, value_bits)
-    odd = head_dim & (head_dim - 1) != 0
-    wide = small and rows > FEW_ROWS and not odd
-    long = small and not wide and (odd or key_bits != 4 or value_bits == 8)
-    return {
-        "KIVI": fmt == "kivi",
-        "D": head_dim,
-        "M": 16 if wide else FEW_ROWS,  # query rows and tokens of one pass: what the registers hold
-        "N": 64 if long else 32,
-        "G": triton.next_power_of_2(-(-head_dim // 32)),  # groups of channels, and what pads them
-        "SPLIT": dtype == torch.float32,
-        "SOFTCAP": softcap,
-        **constants("K", head_dim, key_bits),
-        **constants("V", head_dim, value_bits),
+@cache
+def variant(asked: Asked) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants that select one compiled variant of `attend_kernel`, and how to launch it."""
+    row = find(asked)
+    constants = {
+        "GROUPED": asked.grouped,
+        "D": asked.head_dim,
+        "M": row.M,
+        "N": row.N,
+        "G": triton.next_power_of_2(-(-asked.head_dim // 32)),  # groups of channels, and what pads them
+        "SPLIT": asked.fp32,
+        "SOFTCAP": asked.softcap,
+        "K": tiles(asked.head_dim, asked.key_bits),
+        "V": tiles(asked.head_dim, asked.value_bits),
     }
-
-
-def options(selected: dict[str, Any], capability: int) -> dict[str, Any]:
-    """How to launch a variant so that none spills registers, found by compiling all (kernels/benchmarks/compile.py).
-
-    A core holds 16 programs of a warp with 128 registers, 12 with up to 168 and 8 with more: the more, the faster.
-    """
-    head_dim, bits = selected["D"], (selected["KB"], selected["VB"])
-    odd = head_dim & (head_dim - 1) != 0
-    plain = selected["M"] == 8 and not (odd or selected["SOFTCAP"])
-    if not selected["KIVI"]:
-        if not plain or 3 in bits or 8 in bits or (capability >= 100 and (head_dim != 128 or bits == (2, 4))):
-            return {"num_warps": 1, "num_stages": 2, "maxnreg": 255}
-        fewest = selected["N"] == 32 and head_dim <= 128 and capability < 100
-        return {"num_warps": 1, "num_stages": 3 if head_dim <= 128 else 2, "maxnreg": 128 if fewest else 168}
-    small = not (selected["SPLIT"] or selected["SOFTCAP"] or 3 in bits or bits == (8, 8)) and capability < 100
-    if head_dim > 128 or (odd and not small):
-        single = odd and bits == (2, 3) and selected["SPLIT"]
-        return {"num_warps": 2, "num_stages": 1 if single else 2, "maxnreg": 255}
-    if selected["KB"] == 3:
-        two = head_dim == 128 and (selected["SPLIT"] or selected["SOFTCAP"])
-        return {"num_warps": 2 if two else 1, "num_stages": 1, "maxnreg": 255}
-    few = plain and capability < 100 and selected["KB"] in (2, 4) and selected["VB"] != 3 and not selected["SPLIT"]
-    return {"num_warps": 1, "num_stages": 3, "maxnreg": 168 if few else 255}
+    return constants, {"num_warps": row.num_warps, "num_stages": row.num_stages, "maxnreg": row.maxnreg}
 
 
 @cache
-def programs_per_core(
-    fmt: str,
-    head_dim: int,
-    key_bits: int,
-    value_bits: int,
-    rows: int,
-    dtype: torch.dtype,
-    softcap: bool,
-    device: torch.device,
-) -> int:
-    """How many programs of attention to such tokens a GPU core runs at a time, for queries of these rows and this dtype."""
-    query = torch.float32 if fmt == "rotated" else dtype
-    selected = variant(fmt, head_dim, key_bits, value_bits, rows, query, softcap)
-    properties = torch.cuda.get_device_properties(device)
-    launch = options(selected, 10 * properties.major + properties.minor)
-    numbers, words = torch.float16, torch.int16
-    tensors = (
-        query,
-        query,
-        torch.int32,
-        words,
-        numbers,
-        numbers,
-        words,
-        numbers,
-        numbers,
-        torch.int32,
-        torch.float32,
-        torch.float32,
-    )
+def programs_per_core(asked: Asked, dtype: torch.dtype, device: torch.device) -> int:
+    """How many programs of attention to such tokens a GPU core runs at a time, for a query of this dtype."""
+    constants, launch = variant(asked)
+    side = PackedSide(MockTensor(torch.int16), MockTensor(torch.float16), MockTensor(torch.float16))
+    tensors = (dtype, dtype, torch.int32, side, side, torch.int32, torch.float32, torch.float32)
     with torch.cuda.device(device):
-        compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **selected, **launch, ASM=ASSEMBLY, grid=(1,))
-    return programs_that_fit(launch, compiled.metadata.shared, properties.shared_memory_per_multiprocessor)
+        compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **constants, **launch, ASM=ASSEMBLY, grid=(1,))
+        core_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return programs_that_fit(launch, compiled.metadata.shared, core_bytes)
 
 
 def programs_that_fit(launch: dict[str, Any], shared_bytes: int, core_bytes: int) -> int:
@@ -187,122 +137,127 @@ def attend_kernel(
     query,
     shifts,
     pairs,
-    k_words,
-    k_scale,
-    k_minimum,
-    v_words,
-    v_scale,
-    v_minimum,
+    keys,
+    values,
     items,
     out,
     lse,
     scaling,
     softcap,
     R,
-    KIVI: tl.constexpr,
+    GROUPED: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    KT: tl.constexpr,
-    KC: tl.constexpr,
-    KH: tl.constexpr,
-    KF: tl.constexpr,
-    KB: tl.constexpr,
-    VT: tl.constexpr,
-    VC: tl.constexpr,
-    VH: tl.constexpr,
-    VF: tl.constexpr,
-    VB: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
     ASM: tl.constexpr,
 ):
+    """Softmax attention of M query rows of one run to the tokens of one item: output and log-sum-exp, into the item's slot.
+
+    query: [pairs, R, D] if GROUPED, else fp32 [P, R, D]
+    shifts: fp32 [P, R, 2], see `attend`
+    pairs: int32 [P]
+    keys, values: `PackedSide` of
+        words: int16 [tokens, D * BITS / 16]
+        scale, minimum: of keys fp16 [blocks, D] if GROUPED, of values [tokens, ceil(D / 32)]; else scale fp16 [tokens, 1]
+    items: int32 [W, 5]: first row, tokens, first block, run, slot
+    out, lse: fp32 [slots, R, D], [slots, R]
+    scaling, softcap: of the logits
+    M, N: query rows of a program, and tokens of a pass of its loop
+    G: groups of 32 channels, padded to a power of two
+    SPLIT: whether a query needs two fp16 numbers
+    K, V: `Tiles` of keys and of values
+    """
+    VC: tl.constexpr = V.C
     item = items + tl.program_id(0) * 5
     tokens = tl.load(item + 1)
     if tokens == 0:
         return
     first = tl.load(item).to(tl.int64)
-    group = tl.load(item + 2).to(tl.int64)
+    block = tl.load(item + 2).to(tl.int64)
     run = tl.load(item + 3)
     row = tl.program_id(1) * M + tl.arange(0, M)
     live = row < R
-    block = tl.load(pairs + run) if KIVI else run
-    q_rows = block * R + row
+    owner = tl.load(pairs + run) if GROUPED else run
+    q_rows = owner * R + row
     # From here on positions within the item, which fit 32 bits.
-    k_words += first * (D * KB // 16)
-    v_words += first * (D * VB // 16)
-    k_scale += group * D if KIVI else first
-    k_minimum += group * D
-    GROUPS: tl.constexpr = (D + 31) // 32 if KIVI else 1
-    v_scale += first * GROUPS
-    v_minimum += first * GROUPS
-    high, low, unit = read_query(query, q_rows, live, D, KT, KC, KH, KF, SPLIT, KIVI)
-    if KIVI:
+    k_words = keys.words + first * (D * K.BITS // 16)
+    v_words = values.words + first * (D * V.BITS // 16)
+    k_scale = keys.scale + (block * D if GROUPED else first)
+    k_minimum = keys.minimum + block * D
+    GROUPS: tl.constexpr = (D + 31) // 32 if GROUPED else 1
+    v_scale = values.scale + first * GROUPS
+    v_minimum = values.minimum + first * GROUPS
+    high, low, unit = read_query(query, q_rows, live, D, K, SPLIT, GROUPED)  # fp16 [C, M] for each tile of K
+    if GROUPED:
         start, shift = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     else:
-        start = tl.load(shifts + q_rows * 2, mask=live, other=0.0)
-        shift = tl.load(shifts + q_rows * 2 + 1, mask=live, other=0.0)
+        start = tl.load(shifts + q_rows * 2, mask=live, other=0.0)  # [M]
+        shift = tl.load(shifts + q_rows * 2 + 1, mask=live, other=0.0)  # [M]
     scale = scaling if SOFTCAP else scaling * 1.4426950408889634
     unit *= scale
     maximum = tl.full([M], -float("inf"), tl.float32)
-    S: tl.constexpr = 8 if KIVI else 16  # rows that sums are kept of: kivi has more of them, and few registers left
+    S: tl.constexpr = 8 if GROUPED else 16  # rows that sums are kept of: where there are more sums, few registers are left
     total = tl.zeros([S, M], tl.float32)
     offsets = (tl.zeros([S, M], tl.float32),) * GROUPS
-    acc = (tl.zeros([VC, M], tl.float32),) * (VH * VF)
+    acc = (tl.zeros([VC, M], tl.float32),) * (V.H * V.F)
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
         rows = tl.minimum(position, tokens - 1)  # rows beyond the end repeat the last token, with weight 0
-        if KIVI:
+        if GROUPED:
             bases = read_groups(v_minimum, rows, GROUPS, G)  # early: the compiler does not copy them ahead of their use
-            s = kivi_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, KT, KC, KH, KF, KB, SPLIT, ASM)
+            s = grouped_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, K, SPLIT, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
-            s = rotated_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, KT, KC, KH, KF, KB, ASM)
+            s = token_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, K, ASM)
         if SOFTCAP:
             s = tanh(s / softcap) * (softcap * 1.4426950408889634)
         s = tl.where((position < tokens)[:, None], s, -float("inf"))  # [N, M], logits to base 2
-        scales, minima, largest = read_scales(v_scale, bases if KIVI else rows, rows, N, GROUPS, G, KIVI, VB)
+        scales, minima, largest = read_scales(v_scale, bases if GROUPED else rows, rows, N, GROUPS, G, GROUPED, V.BITS)
         # Weights are relative to the largest product of weight and scale, which fp16 then holds without overflow; up to a
         # power of two, so that a token that has all the weight loses nothing to rounding.
-        new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)
-        fade = tl.exp2(maximum - new)
+        new = tl.maximum(maximum, tl.max(s + exponent(largest)[:, None], 0) - HEADROOM)  # [M]
+        fade = tl.exp2(maximum - new)  # [M]
         maximum = new
-        p = tl.exp2(s - new[None, :])
+        p = tl.exp2(s - new[None, :])  # [N, M]
         total = total * fade[None, :] + fold(p, N, M, S)
         faded = ()
         weights = ()
         for g in tl.static_range(GROUPS):
-            weight = p * scales[g][:, None]
-            offset = p * minima[g][:, None] if KIVI else weight
+            weight = p * scales[g][:, None]  # [N, M]
+            offset = p * minima[g][:, None] if GROUPED else weight
             faded = faded + (offsets[g] * fade[None, :] + fold(offset, N, M, S),)
             weights = weights + (weight.to(tl.float16),)
         offsets = faded
-        acc = add_values(acc, v_words, rows, weights, fade, KIVI, D, VT, VC, VH, VF, VB, ASM)
+        acc = add_values(acc, v_words, rows, weights, fade, GROUPED, D, V, ASM)
     slot = tl.load(item + 4).to(tl.int64)  # read last, not to hold a register through the loop
-    sums = tl.sum(total, 0)
-    store_output(acc, offsets, sums, out + slot * R * D, row, live, KIVI, D, VT, VC, VH, VF)
+    sums = tl.sum(total, 0)  # [M]
+    store_output(acc, offsets, sums, out + slot * R * D, row, live, GROUPED, D, V)
     tl.store(lse + slot * R + row, (maximum + tl.log2(sums)) * LN2, mask=live)
 
 
 @triton.jit
 def read_scales(
-    scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, KIVI: tl.constexpr, BITS: tl.constexpr
+    scale, bases, rows, N: tl.constexpr, GROUPS: tl.constexpr, G: tl.constexpr, GROUPED: tl.constexpr, BITS: tl.constexpr
 ):
-    """For each group of channels the value scale and (kivi) the value at code 2**(BITS - 1), fp32 [N]; and the largest scale.
+    """For each group of channels the value scale fp32 [N], and the value at code 2**(BITS - 1) if GROUPED; the largest scale.
 
-    bases: kivi the values at code 0, from `read_groups`.
+    bases: the values at code 0 if GROUPED, from `read_groups`
     """
     scales = ()
     minima = ()
-    largest = tl.full([N], SMALLEST, tl.float32)
-    if KIVI:
+    largest = tl.full([N], MIN_POSITIVE, tl.float32)
+    if GROUPED:
         numbers = columns(read_groups(scale, rows, GROUPS, G), N, G)
         bases = columns(bases, N, G)
     for g in tl.static_range(GROUPS):
-        v_scale = numbers[g].to(tl.float32) if KIVI else tl.load(scale + rows).to(tl.float32)
+        v_scale = numbers[g].to(tl.float32) if GROUPED else tl.load(scale + rows).to(tl.float32)
         scales = scales + (v_scale,)
-        if KIVI:
+        if GROUPED:
             minima = minima + (bases[g].to(tl.float32) + v_scale * 2.0 ** (BITS - 1),)
         largest = tl.maximum(largest, v_scale)
     return scales, minima, largest
@@ -317,40 +272,30 @@ def read_groups(numbers, rows, GROUPS: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def add_values(
-    acc,
-    words,
-    rows,
-    weights,
-    fade,
-    KIVI: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    F: tl.constexpr,
-    BITS: tl.constexpr,
-    ASM: tl.constexpr,
-):
+def add_values(acc, words, rows, weights, fade, GROUPED: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr):
     """Faded accumulators plus V^T p^T, fp32 [C, M] for each tile; weights [N, M] for each group of channels."""
+    C: tl.constexpr = TILES.C
+    H: tl.constexpr = TILES.H
+    F: tl.constexpr = TILES.F
+    T: tl.constexpr = TILES.T
     added = ()
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
-        w_low = read_words(words, rows, x, D, T, C, BITS, False, True)
-        w_high = read_high(words, rows, x, D, T, C, BITS, True)
+        w_low = read_words(words, rows, x, D, TILES, False, True)  # [C, N]
+        w_high = read_high(words, rows, x, D, TILES, True)
         for i in tl.static_range(F):
-            u = codes(w_low, w_high, i, D, T, BITS, 2.0 ** (BITS - 1), ASM)
+            u = codes(w_low, w_high, i, D, TILES, 2.0 ** (TILES.BITS - 1), ASM)  # [C, N]
             o = acc[h * F + i] * fade[None, :]
-            o = add_chunk(o, u, weights, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), KIVI)
+            o = add_chunk(o, u, weights, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), GROUPED)
             added = added + (o,)
     return added
 
 
 @triton.jit
-def add_chunk(o, u, weights, channel, BEGIN: tl.constexpr, END: tl.constexpr, KIVI: tl.constexpr):
+def add_chunk(o, u, weights, channel, BEGIN: tl.constexpr, END: tl.constexpr, GROUPED: tl.constexpr):
     """o plus u [C, N] of channels BEGIN to END times weights. These channels are in one group of 32, or in two."""
-    FIRST: tl.constexpr = BEGIN // 32 if KIVI else 0
-    LAST: tl.constexpr = (END - 1) // 32 if KIVI else 0
+    FIRST: tl.constexpr = BEGIN // 32 if GROUPED else 0
+    LAST: tl.constexpr = (END - 1) // 32 if GROUPED else 0
     if FIRST == LAST:
         return tl.dot(u, weights[FIRST], o)
     else:
@@ -360,34 +305,26 @@ def add_chunk(o, u, weights, channel, BEGIN: tl.constexpr, END: tl.constexpr, KI
 
 
 @triton.jit
-def store_output(
-    acc,
-    offsets,
-    sums,
-    out,
-    row,
-    live,
-    KIVI: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    F: tl.constexpr,
-):
+def store_output(acc, offsets, sums, out, row, live, GROUPED: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr):
+    """Store the output [R, D] of rows [M]: accumulators [C, M] and what offsets [S, M] add, over the sums of weights [M]."""
+    C: tl.constexpr = TILES.C
+    H: tl.constexpr = TILES.H
+    F: tl.constexpr = TILES.F
+    T: tl.constexpr = TILES.T
     for h in tl.static_range(H):
         x = h * C + tl.arange(0, C)
         for i in tl.static_range(F):
-            offset = offset_of_chunk(offsets, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), KIVI)
-            # The levels of a rotated value are at the middle of its steps: half a step above code - 2**(bits - 1).
-            o = (acc[h * F + i] + (offset if KIVI else offset * 0.5)) / sums[None, :]
+            offset = offset_of_chunk(offsets, i * T + x, i * T + h * C, i * T + (T if h == H - 1 else h * C + C), GROUPED)
+            # Levels that are symmetric about 0 are at the middle of their steps: half a step above code - 2**(bits - 1).
+            o = (acc[h * F + i] + (offset if GROUPED else offset * 0.5)) / sums[None, :]
             tl.store(out + row[None, :] * D + (i * T + x)[:, None], o, mask=(x < T)[:, None] & live[None, :])
 
 
 @triton.jit
-def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KIVI: tl.constexpr):
+def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, GROUPED: tl.constexpr):
     """The sum for the group of each channel: [1, M], or [C, M] if there are two."""
-    FIRST: tl.constexpr = BEGIN // 32 if KIVI else 0
-    LAST: tl.constexpr = (END - 1) // 32 if KIVI else 0
+    FIRST: tl.constexpr = BEGIN // 32 if GROUPED else 0
+    LAST: tl.constexpr = (END - 1) // 32 if GROUPED else 0
     offset = tl.sum(offsets[FIRST], 0)[None, :]
     if FIRST == LAST:
         return offset
@@ -399,8 +336,3 @@ def offset_of_chunk(offsets, channel, BEGIN: tl.constexpr, END: tl.constexpr, KI
 def fold(x, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
     """Sum of every S-th row of x [N, M]: [S, M]. For S = 8 or 16 they are in the same thread, so it costs no exchange."""
     return tl.sum(tl.reshape(x, [N // S, S, M]), 0)
-
-
-@triton.jit
-def tanh(x):
-    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)

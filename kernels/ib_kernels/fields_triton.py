@@ -10,29 +10,29 @@ tiles are read in chunks of C = 32 columns. The high bit of a 3-bit code lies in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
-def tiles(head_dim: int, bits: int) -> dict[str, int]:
-    """Constants T (channels of a tile), C (columns of a chunk), H (chunks of a tile) and F (passes).
+class Tiles(NamedTuple):
+    """How a kernel reads the codes of a token, one constant of the kernel: channel x of pass i is channel i * T + x."""
 
-    Raises ValueError if head_dim is not a multiple of 16.
-    """
-    if head_dim < 16 or head_dim % 16:
-        raise ValueError(f"the GPU kernels need a head_dim that is a multiple of 16, got {head_dim}")
+    T: int  # channels of a tile
+    C: int  # columns of a chunk
+    H: int  # chunks of a tile
+    F: int  # passes, the field positions of a tile
+    BITS: int
+
+
+def tiles(head_dim: int, bits: int) -> Tiles:
+    """For a head_dim that is a multiple of 16."""
     low_bits = 2 if bits == 3 else bits
     stripe = head_dim * low_bits // 16
     tile = 16 if stripe in (1, 2, 4, 8) else stripe
     chunk = 16 if tile <= 16 else 32
-    return {"T": tile, "C": chunk, "H": -(-tile // chunk), "F": head_dim // tile}
-
-
-def constants(prefix: str, head_dim: int, bits: int) -> dict[str, Any]:
-    """`tiles` as arguments of a kernel: KT, KC, KH, KF for prefix K, and KB, the bits."""
-    return {f"{prefix}{name}": value for name, value in tiles(head_dim, bits).items()} | {f"{prefix}B": bits}
+    return Tiles(tile, chunk, -(-tile // chunk), head_dim // tile, bits)
 
 
 @triton.jit
@@ -55,62 +55,50 @@ def columns(x, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def read_words(
-    words,
-    rows,
-    x,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-    BITS: tl.constexpr,
-    HIGH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
+def read_words(words, rows, x, D: tl.constexpr, TILES: tl.constexpr, HIGH: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Words of the columns x [C] of a tile, for `rows` [N]: int16 [N, C], or [C, N] if TRANSPOSED.
 
     HIGH selects the plane of the high bits of 3-bit codes. Columns that belong to a stripe further right are shifted,
     so that a field is at the same bits in all columns.
     """
-    PLANE: tl.constexpr = 1 if HIGH else (2 if BITS == 3 else BITS)
+    PLANE: tl.constexpr = 1 if HIGH else (2 if TILES.BITS == 3 else TILES.BITS)
     STRIPE: tl.constexpr = D * PLANE // 16
     FIRST: tl.constexpr = D * 2 // 16 if HIGH else 0
-    column = x % STRIPE if STRIPE < T else x
-    row = rows * (D * BITS // 16) + FIRST
+    column = x % STRIPE if STRIPE < TILES.T else x
+    row = rows * (D * TILES.BITS // 16) + FIRST
     at = row[None, :] + column[:, None] if TRANSPOSED else row[:, None] + column[None, :]
-    inside = x[:, None] < T if TRANSPOSED else x[None, :] < T
-    w = tl.load(words + at) if T % C == 0 else tl.load(words + at, mask=inside, other=0)
-    if STRIPE < T:
+    inside = x[:, None] < TILES.T if TRANSPOSED else x[None, :] < TILES.T
+    w = tl.load(words + at) if TILES.T % TILES.C == 0 else tl.load(words + at, mask=inside, other=0)  # [N, C] or [C, N]
+    if STRIPE < TILES.T:
         shift = x // STRIPE * PLANE
         w = ((w.to(tl.int32) & 0xFFFF) >> (shift[:, None] if TRANSPOSED else shift[None, :])).to(tl.int16)
     return w
 
 
 @triton.jit
-def read_high(words, rows, x, D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, TRANSPOSED: tl.constexpr):
+def read_high(words, rows, x, D: tl.constexpr, TILES: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Words of the high bits of 3-bit codes; anything for other codes, which have none."""
-    if BITS == 3:
-        return read_words(words, rows, x, D, T, C, BITS, True, TRANSPOSED)
+    if TILES.BITS == 3:
+        return read_words(words, rows, x, D, TILES, True, TRANSPOSED)
     else:
         return 0
 
 
 @triton.jit
-def codes(
-    low, high, PASS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr
-):
+def codes(low, high, PASS: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr):
     """Codes of one pass minus OFFSET, fp16 and exact, from the words of the low and the high plane."""
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    REPEAT: tl.constexpr = T * 16 // (D * LOW)  # stripes side by side in a tile; twice as many in the high plane
+    LOW: tl.constexpr = 2 if TILES.BITS == 3 else TILES.BITS
+    REPEAT: tl.constexpr = TILES.T * 16 // (D * LOW)  # stripes side by side in a tile; twice as many in the high plane
     BIT: tl.constexpr = LOW * REPEAT * PASS
-    if BITS == 3:
+    if TILES.BITS == 3:
         return _field(low, BIT, 2, 1.0, 0.0, ASM) + _field(high, BIT, 1, 4.0, OFFSET, ASM)
     else:
-        return _field(low, BIT, BITS, 1.0, OFFSET, ASM)
+        return _field(low, BIT, TILES.BITS, 1.0, OFFSET, ASM)
 
 
 @triton.jit
 def _field(w, BIT: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr):
-    """UNIT * the field of BITS bits at BIT, minus OFFSET.
+    """UNIT * the field of BITS bits at BIT of words w int16, minus OFFSET: fp16.
 
     0x6400 is fp16 1024, whose last mantissa bit counts 1: with the field ORed in at bit E it reads 1024 + field * 2**E.
     One multiplication and addition, exact in fp16, makes it the field.

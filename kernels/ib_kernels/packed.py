@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from ib_kernels import bitpack
-from ib_kernels.backends import Backend, check_kernel, default_backend
-from ib_kernels.formats import get_format
-from ib_kernels.quantizer import RAW_BITS, MetadataRows, Quantizer, layout
+from ib_kernels.backends import Backend, Form, backend_of, check_kernel
+from ib_kernels.encoding import decode
+from ib_kernels.formats import get_format, get_kernels
+from ib_kernels.formats.format import RAW_BITS, MetadataRows, Quantizer, Side, SideName, layout
 from torch import Tensor
 
 WORD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # at 16 bits; a cache has no fp32
@@ -24,7 +25,7 @@ class Packed:
             have 16 bits for both or for none.
         keys: "words" int16 [N, words_per_token] (see `bitpack`), and for
             kivi "scale", "minimum" fp16 [G, D], a row for each group of 32 tokens of a run, of which the last may be short;
-            rotated "scale" fp16 [N, 1], "centre" fp16 [P, D].
+            rotated "scale" fp16 [N, 1], "centre" fp16 [P, D]. Every format says it in `Quantizer.metadata`.
         values: "words" as for keys, and for kivi "scale", "minimum" fp16 [N, ceil(D / 32)]; rotated "scale" fp16 [N, 1].
         lengths: int32 [P], tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair that each run belongs to.
@@ -34,8 +35,8 @@ class Packed:
     key_bits: int
     value_bits: int
     head_dim: int
-    keys: dict[str, Tensor]
-    values: dict[str, Tensor]
+    keys: Side
+    values: Side
     lengths: Tensor
     pairs: Tensor
 
@@ -60,59 +61,52 @@ class Packed:
             )
 
     @property
+    def form(self) -> Form:
+        """Format, key bits and value bits."""
+        return self.format, self.key_bits, self.value_bits
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return [*self.keys.values(), *self.values.values(), self.lengths, self.pairs]
 
 
-def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
-    """Keys and values fp32 [N, D] that `packed` stands for; `backend` is by default that of the device."""
-    backend = default_backend(packed.lengths.device) if backend is None else backend
-    if backend == "triton" and packed.key_bits != RAW_BITS and packed.value_bits != RAW_BITS:
-        return unpack_tokens_triton(packed)
-    return unpack_tokens_reference(packed)
-
-
 @torch.no_grad()
-def unpack_tokens_reference(packed: Packed) -> tuple[Tensor, Tensor]:
-    """`unpack_tokens` in plain torch."""
-    fmt = get_format(packed.format)
-    return (
-        _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
-        _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
-    )
+def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values fp32 [N, D] that `packed` stands for; `backend` is by default that of the device.
 
-
-def unpack_tokens_triton(packed: Packed) -> tuple[Tensor, Tensor]:
-    """`unpack_tokens` by the kernels, for 2, 3, 4 or 8 bits. Raises ValueError for tokens they do not take."""
-    from ib_kernels import kivi_triton, rotated_triton
-
-    check_kernel(packed.head_dim, packed.format, packed.key_bits, packed.value_bits)
+    Raises ValueError if the kernels run and do not take such tokens.
+    """
+    raw = RAW_BITS in (packed.key_bits, packed.value_bits)
+    if raw or backend_of(packed.lengths.device, [packed.form], backend) == "reference":
+        fmt = get_format(packed.format)
+        return (
+            _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
+            _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
+        )
+    check_kernel(packed.head_dim, *packed.form)
     if not all(tensor.is_contiguous() for tensor in packed.tensors):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
-    sides = ((packed.keys, packed.key_bits, True), (packed.values, packed.value_bits, False))
+    kernels = get_kernels(packed.format).load()
     with torch.cuda.device_of(packed.lengths):  # Triton launches on the current GPU
-        if packed.format == "kivi":
-            keys, values = (kivi_triton.unpack(part, packed.lengths, packed.head_dim, bits, k) for part, bits, k in sides)
-        else:
-            keys, values = (rotated_triton.unpack(part, packed.lengths, packed.head_dim, bits) for part, bits, _ in sides)
+        keys = kernels.unpack("keys", packed.keys, packed.lengths, packed.head_dim, packed.key_bits)
+        values = kernels.unpack("values", packed.values, packed.lengths, packed.head_dim, packed.value_bits)
     return keys, values
 
 
-def _unpack(quantizer: Quantizer, part: dict[str, Tensor], lengths: Tensor, bits: int, head_dim: int) -> Tensor:
-    if bits == RAW_BITS:
-        return part["words"].float()
-    return quantizer.dequantize(bitpack.unpack(part["words"], bits, head_dim), part, lengths, bits)
+def _unpack(quantizer: Quantizer, side: Side, lengths: Tensor, bits: int, head_dim: int) -> Tensor:
+    codes = side["words"] if bits == RAW_BITS else bitpack.unpack(side["words"], bits, head_dim)
+    return decode(quantizer, codes, side, lengths, bits)
 
 
-def _check_side(side: str, part: dict[str, Tensor], shapes: dict[str, MetadataRows], bits: int, runs: int) -> None:
+def _check_side(side_name: SideName, side: Side, shapes: dict[str, MetadataRows], bits: int, runs: int) -> None:
     """Shapes and dtypes: the kernels compute addresses from them."""
-    groups = [part[name].shape[0] for name, rows in shapes.items() if rows.tokens_per_row > 1]
+    groups = [side[name].shape[0] for name, rows in shapes.items() if rows.tokens_per_row > 1]
     for name, rows in shapes.items():
-        count = {0: runs, 1: part["words"].shape[0]}.get(rows.tokens_per_row, max(groups, default=0))
+        count = {0: runs, 1: side["words"].shape[0]}.get(rows.tokens_per_row, max(groups, default=0))
         dtypes = (torch.float16,) if name != "words" else (torch.int16,) if bits != RAW_BITS else WORD_DTYPES
-        if part[name].shape != (count, rows.width) or part[name].dtype not in dtypes:
+        if side[name].shape != (count, rows.width) or side[name].dtype not in dtypes:
             raise ValueError(
-                f"the {side} {name} of {bits} bits must be {list(dtypes)} [{count}, {rows.width}], "
-                f"got {part[name].dtype} {list(part[name].shape)}"
+                f"the {side_name} {name} of {bits} bits must be {list(dtypes)} [{count}, {rows.width}], "
+                f"got {side[name].dtype} {list(side[name].shape)}"
             )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from ib_kernels import bitpack, ragged
-from ib_kernels.backends import Backend, check_kernel, default_backend
-from ib_kernels.formats import get_format
+from ib_kernels.backends import Backend, backend_of, check_kernel
+from ib_kernels.encoding import encode
+from ib_kernels.formats import get_format, get_kernels
+from ib_kernels.formats.format import RAW_BITS, Quantizer, Side, SideName, Sides, check_precision, layout
 from ib_kernels.packed import Packed
-from ib_kernels.quantizer import RAW_BITS, Quantizer, check_precision, saturating
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-Parts = dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -25,7 +24,7 @@ def quantize_pack(
     pairs: Tensor,
     key_bits: int,
     value_bits: int,
-    centre: Tensor | None = None,
+    fitted: Sides | None = None,
     raw_dtype: torch.dtype = torch.float16,
     backend: Backend | None = None,
 ) -> Packed:
@@ -39,7 +38,8 @@ def quantize_pack(
         lengths: int32 [P], kept tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair of each run.
         key_bits, value_bits: 2, 3, 4, 8, or 16 for raw storage.
-        centre: fp16 [P, D], subtracted from rotated keys; by default the mean of a sample of each run.
+        fitted: what the runs keep from the first tokens they had, fp16 [P, width] for each tensor of one row a run, as a
+            rotated run keeps its "centre"; by default these are the first.
         raw_dtype: torch.float16 or torch.bfloat16, what 16 bits means. Larger values saturate.
         backend: by default that of the device (see `backends`). Both give the same bits.
 
@@ -48,64 +48,23 @@ def quantize_pack(
     """
     check_precision(key_bits, raw_dtype)
     check_precision(value_bits)
-    _check(fmt, keys, values, rows, lengths, pairs, centre)
+    _check(fmt, keys, values, rows, lengths, pairs)
+    if fitted is not None:
+        _check_fitted("keys", get_format(fmt).keys, fitted.keys, key_bits, keys, lengths)
+        _check_fitted("values", get_format(fmt).values, fitted.values, value_bits, values, lengths)
     counts = _read(keys, rows, lengths)
-    backend = default_backend(keys.device) if backend is None else backend
-    if backend == "reference" or key_bits == value_bits == RAW_BITS:
-        parts = quantize_pack_reference(fmt, keys, values, rows, lengths, key_bits, value_bits, centre, raw_dtype)
+    form = fmt, key_bits, value_bits
+    if backend_of(keys.device, [form], backend) == "triton" and not key_bits == value_bits == RAW_BITS:
+        check_kernel(keys.shape[3], *form)
+        with torch.cuda.device_of(keys):  # Triton launches on the current GPU
+            sides = get_kernels(fmt).load().pack(keys, values, rows, lengths, counts, (key_bits, value_bits), fitted)
     else:
-        parts = quantize_pack_triton(fmt, keys, values, rows, lengths, key_bits, value_bits, centre, counts)
-    return Packed(fmt, key_bits, value_bits, keys.shape[3], *parts, lengths, pairs)
-
-
-def quantize_pack_reference(
-    fmt: str,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    lengths: Tensor,
-    key_bits: int,
-    value_bits: int,
-    centre: Tensor | None,
-    raw_dtype: torch.dtype = torch.float16,
-) -> tuple[Parts, Parts]:
-    """The parts of keys and of values (see `Packed`), in plain torch."""
-    fitted = None if centre is None else {"centre": centre}
-    sides = get_format(fmt)
-    return (
-        _encode(sides.keys, _gather(keys, rows), lengths, key_bits, fitted, raw_dtype),
-        _encode(sides.values, _gather(values, rows), lengths, value_bits, None, raw_dtype),
-    )
-
-
-def quantize_pack_triton(
-    fmt: str,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    lengths: Tensor,
-    key_bits: int,
-    value_bits: int,
-    centre: Tensor | None,
-    counts: list[int] | None = None,
-) -> tuple[Parts, Parts]:
-    """`quantize_pack_reference` by the kernels, for 2, 3, 4 or 8 bits; `counts` are the lengths, if they are known here."""
-    from ib_kernels import kivi_triton, rotated_triton
-    from ib_kernels.quantize_triton import piece_count, pieces
-
-    check_kernel(keys.shape[3], fmt, key_bits, value_bits)
-    known: list[int] = lengths.tolist() if counts is None else counts
-    with torch.cuda.device_of(keys):  # Triton launches on the current GPU
-        size = kivi_triton.GROUP_TOKENS if fmt == "kivi" else rotated_triton.TOKENS
-        tokens = pieces(lengths, size, piece_count(known, size))
-        if fmt == "kivi":
-            return kivi_triton.pack_keys(keys, rows, tokens, key_bits), kivi_triton.pack_values(values, rows, tokens, value_bits)
-        value_parts = rotated_triton.pack(values, rows, tokens, value_bits, None)  # first: then the GPU is not idle
-        if centre is None:
-            longest = max([1, *known])
-            runs = pieces(lengths, longest, piece_count(known, longest))
-            centre = rotated_triton.centre(keys, rows, runs, lengths.shape[0])
-        return rotated_triton.pack(keys, rows, tokens, key_bits, centre), value_parts
+        quantizers, kept = get_format(fmt), (None, None) if fitted is None else fitted
+        sides = Sides(
+            _packed_side(quantizers.keys, _gather(keys, rows), lengths, key_bits, raw_dtype, kept[0]),
+            _packed_side(quantizers.values, _gather(values, rows), lengths, value_bits, raw_dtype, kept[1]),
+        )
+    return Packed(*form, keys.shape[3], *sides, lengths, pairs)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -117,16 +76,15 @@ def _gather(x: Tensor, rows: Tensor) -> Tensor:
     return x[pair // heads, pair % heads, rows - pair * tokens]
 
 
-def _encode(quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, fitted: Parts | None, raw_dtype: torch.dtype) -> Parts:
-    """Parts of rows x [N, D], runs of lengths [P]."""
-    if bits == RAW_BITS:
-        return {"words": saturating(x.float(), raw_dtype)}
-    x = x.float()
-    codes, metadata = quantizer.quantize(x, lengths, bits, quantizer.fit(x, lengths) if fitted is None else fitted)
-    return {"words": bitpack.pack(codes, bits), **metadata}
+def _packed_side(
+    quantizer: Quantizer, x: Tensor, lengths: Tensor, bits: int, raw_dtype: torch.dtype, fitted: Side | None
+) -> Side:
+    """Words and metadata of rows x [N, D], runs of lengths [P]."""
+    codes, metadata = encode(quantizer, x, lengths, bits, raw_dtype, fitted)
+    return {"words": codes if bits == RAW_BITS else bitpack.pack(codes, bits), **metadata}
 
 
-def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, pairs: Tensor, centre: Tensor | None) -> None:
+def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, pairs: Tensor) -> None:
     get_format(fmt)
     if keys.ndim != 4 or keys.shape != values.shape:
         raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} must both be [B, H_kv, T, D]")
@@ -138,11 +96,20 @@ def _check(fmt: str, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor
         raise ValueError(f"rows must be a contiguous int64 vector, got {rows.dtype} {list(rows.shape)}")
     if lengths.dtype != torch.int32 or pairs.dtype != torch.int32 or lengths.ndim != 1 or lengths.shape != pairs.shape:
         raise ValueError(f"lengths and pairs must be int32 [P], got {lengths.dtype} {list(lengths.shape)}, {pairs.dtype}")
-    if centre is not None and (centre.dtype != torch.float16 or centre.shape != (lengths.shape[0], keys.shape[3])):
-        raise ValueError(f"centre must be fp16 [P, D], got {centre.dtype} {list(centre.shape)}")
-    tensors = [values, rows, lengths, pairs] + ([] if centre is None else [centre])
-    if any(tensor.device != keys.device for tensor in tensors):
-        raise ValueError("keys, values, rows, lengths, pairs and centre must be on one device")
+    if any(tensor.device != keys.device for tensor in (values, rows, lengths, pairs)):
+        raise ValueError("keys, values, rows, lengths and pairs must be on one device")
+
+
+def _check_fitted(name: SideName, quantizer: Quantizer, fitted: Side, bits: int, x: Tensor, lengths: Tensor) -> None:
+    once = {k: rows.width for k, rows in layout(quantizer, bits, x.shape[3]).items() if rows.tokens_per_row == 0}
+    if fitted.keys() != once.keys():
+        raise ValueError(f"the {name} of {bits} bits keep {list(once)} of what was fitted, got {list(fitted)}")
+    for k, tensor in fitted.items():
+        if tensor.dtype != torch.float16 or tensor.shape != (lengths.shape[0], once[k]) or tensor.device != x.device:
+            raise ValueError(
+                f"the {name} {k} must be fp16 [{lengths.shape[0]}, {once[k]}] on {x.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
 
 
 def _read(keys: Tensor, rows: Tensor, lengths: Tensor) -> list[int]:

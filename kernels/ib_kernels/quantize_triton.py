@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,27 +15,29 @@ from torch import Tensor
 FP16_MAX = tl.constexpr(65504.0)
 
 
-def piece_count(lengths: Iterable[int], size: int) -> int:
-    """Pieces of `size` tokens in runs of these lengths, the last of a run shorter."""
-    return sum(-(-length // size) for length in lengths)
+def blocks(lengths: Tensor, size: int, counts: list[int]) -> Tensor:
+    """First row, tokens and run of every block of `size` tokens, the last of a run shorter: int32 [blocks, 3].
+
+    `counts` are the lengths, known here.
+    """
+    return _blocks(lengths, size, sum(-(-n // size) for n in counts))
 
 
-def pieces(lengths: Tensor, size: int, count: int) -> Tensor:
-    """First row, tokens and run of every piece: int32 [count, 3]. If there are fewer than `count`, the last are 0."""
+def max_blocks(lengths: Tensor, size: int, tokens: int) -> Tensor:
+    """The same if only the sum of the lengths is known: as many as there may be, those that there are not with 0 tokens."""
+    return _blocks(lengths, size, min(tokens, tokens // size + lengths.shape[0]))
+
+
+def _blocks(lengths: Tensor, size: int, count: int) -> Tensor:
     table = torch.zeros(count, 3, dtype=torch.int32, device=lengths.device)
     if count:
-        pieces_kernel[(lengths.shape[0],)](lengths.contiguous(), table, size, num_warps=4)
+        blocks_kernel[(lengths.shape[0],)](lengths.contiguous(), table, size, num_warps=4)
     return table
 
 
-def most_pieces(tokens: int, runs: int, size: int) -> int:
-    """No runs of `tokens` tokens together have more pieces."""
-    return min(tokens, tokens // size + runs)
-
-
-def source(x: Tensor) -> tuple[int, ...]:
+def source(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
     """Arguments of `addresses` for x [B, heads, T, D]: heads, T and the strides."""
-    return (x.shape[1], x.shape[2], *x.stride()[:3])
+    return x.shape[1], x.shape[2], x.stride()[:3]
 
 
 def fused() -> bool:
@@ -54,32 +55,37 @@ def constants(head_dim: int, bits: int) -> dict[str, Any]:
 
 
 @triton.jit(do_not_specialize=["size"])
-def pieces_kernel(lengths, pieces, size):
-    """Write the pieces of a run. Each program adds up the lengths of the runs before its own: that takes one launch."""
+def blocks_kernel(lengths, blocks, size):
+    """Write the blocks of a run. Each program adds up the lengths of the runs before its own: that takes one launch.
+
+    lengths: int32 [P]
+    blocks: int32 [count, 3]: first row, tokens and run
+    size: tokens of a block
+    """
     run = tl.program_id(0)
-    row, piece = 0, 0
+    row, block = 0, 0
     for begin in range(0, run, 512):
         at = begin + tl.arange(0, 512)
-        length = tl.load(lengths + at, mask=at < run, other=0)
+        length = tl.load(lengths + at, mask=at < run, other=0)  # [512]
         row += tl.sum(length)
-        piece += tl.sum(tl.cdiv(length, size))
+        block += tl.sum(tl.cdiv(length, size))
     tokens = tl.load(lengths + run)
     count = tl.cdiv(tokens, size)
     for begin in range(0, count, 128):
         at = begin + tl.arange(0, 128)
-        to = pieces + (piece + at).to(tl.int64) * 3
+        to = blocks + (block + at).to(tl.int64) * 3
         tl.store(to, row + at * size, mask=at < count)
         tl.store(to + 1, tl.minimum(tokens - at * size, size), mask=at < count)
         tl.store(to + 2, tl.zeros([128], tl.int32) + run, mask=at < count)
 
 
 @triton.jit
-def addresses(x, rows, at, heads, length, batch_stride, head_stride, token_stride):
-    """Where the rows rows[at] [N] of x [B, heads, length, D] begin, all of one head."""
-    row = tl.load(rows + at).to(tl.int32)
+def addresses(x, rows, at, heads, length, strides):
+    """Where the rows rows[at] [N] of x [B, heads, length, D] begin, all of one head; strides of batch, heads and tokens."""
+    row = tl.load(rows + at).to(tl.int32)  # [N]
     pair = tl.load(rows).to(tl.int32) // length
-    head = (pair // heads).to(tl.int64) * batch_stride + (pair % heads).to(tl.int64) * head_stride
-    return x + head + (row - pair * length).to(tl.int64) * token_stride
+    head = (pair // heads).to(tl.int64) * strides[0] + (pair % heads).to(tl.int64) * strides[1]
+    return x + head + (row - pair * length).to(tl.int64) * strides[2]
 
 
 @triton.jit

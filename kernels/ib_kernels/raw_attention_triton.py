@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from ib_kernels.logits_triton import tanh
 from torch import Tensor
 
-LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 ROWS = 8  # of a query that a program takes: with 16 its registers spill on all GPUs
 
 
-def attend_items(
+def attend_raw(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -26,46 +26,25 @@ def attend_items(
     lse: Tensor,
     scaling: float,
     softcap: float | None,
+    mask: Tensor | None = None,
+    window: int = 0,
 ) -> None:
-    """Fill the slots of `items` int32 [W, 5] (see `plan`) from keys and values [N, D] of P runs of `pairs` int32 [P]."""
-    _launch(items.shape[0], query, keys, values, pairs, items, None, 0, out, lse, scaling, softcap)
+    """Fill slots with partial results.
 
-
-def attend_window(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    slots: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> None:
-    """Fill slot slots[p] of each pair p from contiguous keys and values [pairs, T, D].
-
-    mask is bool [B or 1, M, T], pair p belonging to sequence p // (pairs / B) and query row r to position r % M; or None.
+    Args:
+        query: [pairs, R, D].
+        keys, values: [N, D] of P runs; or [pairs, window, D], contiguous.
+        pairs: int32 [P], of the runs.
+        items: int32 [W, 5] of a `Schedule`; for a window its `slots`, the first of which each pair fills.
+        out, lse: fp32 [slots, R, D] and [slots, R].
+        scaling, softcap: of the logits.
+        mask: bool [B or 1, M, window], pair p belonging to sequence p // (pairs / B) and query row r to position r % M; or None.
+        window: tokens of a window, 0 for items.
     """
-    _launch(query.shape[0], query, keys, values, slots, slots, mask, keys.shape[1], out, lse, scaling, softcap)
-
-
-def _launch(
-    programs: int,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pairs: Tensor,
-    items: Tensor,
-    mask: Tensor | None,
-    window: int,
-    out: Tensor,
-    lse: Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> None:
     rows, head_dim = query.shape[1:]
-    selected, options = variant(head_dim, softcap is not None, window > 0, mask is not None)
+    selected, launch = variant(head_dim, softcap is not None, window > 0, mask is not None)
     shared = mask is not None and mask.shape[0] == 1
+    programs = query.shape[0] if window else items.shape[0]
     raw_kernel[(programs, -(-rows // selected["M"]))](
         query,
         keys,
@@ -83,7 +62,7 @@ def _launch(
         0 if mask is None or shared else mask.shape[1] * mask.shape[2],
         1 if mask is None or shared else query.shape[0] // mask.shape[0],
         **selected,
-        **options,
+        **launch,
     )
 
 
@@ -128,6 +107,18 @@ def raw_kernel(
     WINDOW: tl.constexpr,
     MASK: tl.constexpr,
 ):
+    """Softmax attention of M query rows to tokens at full precision: output and log-sum-exp, into one slot.
+
+    query: [pairs, R, D]
+    keys, values: [tokens, D]; if WINDOW [pairs * window, D], the same number for each pair
+    pairs: int32 [P], of the runs
+    items: int32 [W, 5], see `Schedule`; if WINDOW the first slot of each pair, int32 [pairs + 1]
+    mask: uint8 [B or 1, positions, window] if MASK; mask_stride is 0 where one mask serves all sequences
+    out, lse: fp32 [slots, R, D], [slots, R]
+    scaling, softcap: of the logits
+    DP: D padded to a power of two
+    M, N: query rows of a program, and tokens of a pass of its loop
+    """
     w = tl.program_id(0)
     if WINDOW:
         pair = w
@@ -154,9 +145,9 @@ def raw_kernel(
     for t in tl.range(0, tokens, N):
         position = t + tl.arange(0, N)
         rows = first + tl.minimum(position, tokens - 1)
-        k = tl.load(keys + rows[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)
+        k = tl.load(keys + rows[:, None] * D + d[None, :], mask=inside[None, :], other=0.0)  # [N, DP]
         v = tl.load(values + rows[None, :] * D + d[:, None], mask=inside[:, None], other=0.0)  # [DP, N]
-        s = tl.dot(k.to(tl.float32), q, input_precision="tf32x3") * scale
+        s = tl.dot(k.to(tl.float32), q, input_precision="tf32x3") * scale  # [N, M]
         if SOFTCAP:
             s = tanh(s / softcap) * (softcap * 1.4426950408889634)
         seen = (position < tokens)[:, None] & live[None, :]  # [N, M]
@@ -164,20 +155,15 @@ def raw_kernel(
             of_row = pair // pairs_per_sequence * mask_stride + row % positions * tokens
             seen &= tl.load(mask + of_row[None, :] + position[:, None], mask=seen, other=0) != 0
         s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(maximum, tl.max(s, 0))
+        new = tl.maximum(maximum, tl.max(s, 0))  # [M]
         finite = tl.where(new == -float("inf"), 0.0, new)  # rows that have seen nothing yet
         fade = tl.exp2(maximum - finite)
-        p = tl.exp2(s - finite[None, :])
+        p = tl.exp2(s - finite[None, :])  # [N, M]
         total = total * fade + tl.sum(p, 0)
         acc = tl.dot(v.to(tl.float32), p, acc * fade[None, :], input_precision="tf32x3")
         maximum = new
     sees = total > 0
     total = tl.where(sees, total, 1.0)
-    o = acc / total[None, :]
+    o = acc / total[None, :]  # [DP, M]
     tl.store(out + slot * R * D + row[None, :] * D + d[:, None], o, mask=live[None, :] & inside[:, None])
     tl.store(lse + slot * R + row, tl.where(sees, (maximum + tl.log2(total)) * LN2, -float("inf")), mask=live)
-
-
-@triton.jit
-def tanh(x):
-    return 1.0 - 2.0 / (tl.exp2(x * 2.885390081777927) + 1.0)

@@ -33,8 +33,10 @@ from evaluate import (
 from scipy.stats import binomtest
 from transformers import DynamicCache
 
-from ib_analysis.attention import cache_argument
+from ib_analysis.cache.attention import cache_argument
 from ib_analysis.tasks import TASKS, Prompt
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("task", ANSWERED)

@@ -19,12 +19,14 @@ from evaluate import (
 from train import SETTINGS
 from transformers import AutoTokenizer
 
-from ib_analysis.embedded import BEGIN, CARD, END, MODEL, measured, with_measured
+from ib_analysis.model.bundled import BEGIN, CARD, END, MODEL, measured, with_measured
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = 48
 STANDARD_ERRORS = 4  # between this measurement and the card's
-LEAST_FIRST_RIGHT = {"retrieval": 0.9, "needles": 0.85, "copying": 0.8}
-MOST_TEXT_BITS_PER_TOKEN = 3.3
+MIN_FIRST_RIGHT = {"retrieval": 0.9, "needles": 0.85, "copying": 0.8}
+MAX_TEXT_BITS_PER_TOKEN = 3.3
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def assert_close(share: float, stated: float, prompts: int) -> None:
 
 
 def test_figures_are_of_these_weights(card):
-    assert f"`{weights_checksum(MODEL)}`" in measured(card), "run python data/evaluate.py --write"
+    assert f"`{weights_checksum(MODEL)}`" in measured(card), "run python data/training/evaluate.py --write"
 
 
 @pytest.mark.parametrize("task", ANSWERED)
@@ -54,7 +56,7 @@ def test_accuracy(embedded, rows, task):
     model, tokenizer = embedded
     found = scores(model, tokenizer, prompts_of(task, 512, PROMPTS))
     first = float(np.mean([score.first_right for score in found]))
-    assert first >= LEAST_FIRST_RIGHT.get(task, 0)
+    assert first >= MIN_FIRST_RIGHT.get(task, 0)
     assert first >= 1.5 * np.mean([score.prompt.chance for score in found])
     stated = rows[f"{task} 512"]
     assert_close(first, float(stated[3].split()[0]), PROMPTS)
@@ -80,7 +82,7 @@ def test_natural_text(embedded, rows):
     bits = model_bits(model, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids, model.config.bos_token_id)
     assert bits.mean() == pytest.approx(float(rows["this model"][1]), abs=0.01)
     assert bits.sum() / sum(len(text.encode()) for text in texts) == pytest.approx(float(rows["this model"][2]), abs=0.01)
-    assert bits.mean() < MOST_TEXT_BITS_PER_TOKEN
+    assert bits.mean() < MAX_TEXT_BITS_PER_TOKEN
     assert bits.mean() + 1 < float(rows["Kneser-Ney 5-gram"][1]) < float(rows["unigram"][1])
 
 

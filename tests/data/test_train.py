@@ -9,7 +9,9 @@ import torch
 import train
 from transformers import AutoTokenizer
 
-from ib_analysis.embedded import MODEL
+from ib_analysis.model.bundled import MODEL
+
+pytestmark = pytest.mark.slow
 
 SMALL = train.Setting(32, 1, (train.Stage(3, 3, 64, 0.0), train.Stage(4, 3, 96, 0.4, copying_share=0.5)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ib_analysis.tasks.known_information import KNOWN_TASKS
+from ib_analysis.estimators.known_information import KNOWN_TASKS
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,8 @@ from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import ESTIMATORS, CodeEntropy, DitheredChannel, Gaussian
 from ib_analysis.estimators.estimate import drifts
 
+pytestmark = pytest.mark.slow
+
 each = pytest.mark.parametrize("method", ESTIMATORS.values(), ids=ESTIMATORS)
 continuous = pytest.mark.parametrize("method", [m for n, m in ESTIMATORS.items() if n != "code_entropy"], ids=lambda m: m.name)
 

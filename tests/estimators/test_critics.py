@@ -9,7 +9,9 @@ import torch
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import MINE, NWJ, InfoNCE, infonce, mine, nwj
 from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, TOO_FEW
-from ib_analysis.tasks.known_information import KNOWN_TASKS, normal
+from ib_analysis.estimators.known_information import KNOWN_TASKS, normal
+
+pytestmark = pytest.mark.slow
 
 SPARSE, DENSE, QUANTIZED = "multinormal sparse 5x5", "multinormal dense 25x25", "quantized gaussian 64x64 4 bit"
 METHODS = [InfoNCE(), MINE(), NWJ()]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ib_analysis.estimators import ESTIMATORS, Moments
-from ib_analysis.tasks.known_information import quantized_gaussian
+from ib_analysis.estimators.known_information import quantized_gaussian
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,8 +9,8 @@ from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import CodeEntropy, DitheredChannel, Gaussian
 from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS
 from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT
+from ib_analysis.estimators.known_information import KNOWN_TASKS, quantized_gaussian
 from ib_analysis.estimators.quantizers import dithered_bits, lloyd_max
-from ib_analysis.tasks.known_information import KNOWN_TASKS, quantized_gaussian
 
 
 def test_head_at_4_bit(draws):

@@ -10,9 +10,11 @@ from scipy.special import digamma
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import KSG
 from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED
+from ib_analysis.estimators.known_information import KNOWN_TASKS, normal, quantized_gaussian, sparse
 from ib_analysis.estimators.ksg import information_nats
 from ib_analysis.estimators.samples import standardized
-from ib_analysis.tasks.known_information import KNOWN_TASKS, normal, quantized_gaussian, sparse
+
+pytestmark = pytest.mark.slow
 
 TABLE = {  # nats, N = 10,000, k = 10, mean of 3 seeds
     "1v1 normal 0.75": 0.417,

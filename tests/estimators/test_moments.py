@@ -7,7 +7,7 @@ import torch
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import Gaussian, Moments
 from ib_analysis.estimators.estimate import TOO_FEW
-from ib_analysis.tasks.known_information import sparse
+from ib_analysis.estimators.known_information import sparse
 
 
 def streamed(x, y, lengths):

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize_scalar
 
-from ib_analysis.estimators.quantizers import dithered_bits, float_entropy_bits, lloyd_max, optimal_uniform, uniform
+from ib_analysis.estimators.quantizers import dithered_bits, lloyd_max, optimal_uniform, uniform
 
 
 @pytest.mark.parametrize(("bits", "distortion", "entropy"), [(2, 0.11748, 1.911), (3, 0.03455, 2.825), (4, 0.00950, 3.765)])
@@ -56,16 +55,3 @@ def test_dithered(step, bits):
 def test_dither_lies_between_its_bounds(step):
     gaussian = np.log2(1 + 12 / step**2) / 2
     assert gaussian < dithered_bits(step) < gaussian + 0.2547
-
-
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 10.46), (torch.float16, 13.46)])
-def test_floats_hold_less_than_their_width(dtype, bits):
-    assert float_entropy_bits(dtype) == pytest.approx(bits, abs=5e-3)
-
-
-def test_bfloat16_measured_on_samples():
-    x = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(torch.bfloat16)
-    counts = torch.unique(x, return_counts=True)[1].double()
-    shares = counts / counts.sum()
-    miller_madow = (len(counts) - 1) / (2 * len(x) * np.log(2))
-    assert float(-(shares * shares.log2()).sum()) + miller_madow == pytest.approx(float_entropy_bits(torch.bfloat16), abs=0.005)

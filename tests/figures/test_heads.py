@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from ib_analysis.figures.heads import head_table, plot_heads
+from ib_analysis.figures.heads import draw_heads, head_table
 
 TIERS = pd.DataFrame(
     [
@@ -29,7 +29,7 @@ def test_tiers_are_averaged_over_the_tokens_that_they_keep():
 
 
 def test_three_panels_with_every_head():
-    figure = plot_heads(head_table(TIERS))
+    figure = draw_heads(TIERS)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["tokens kept (share)", "key bits", "value bits"]
     cells = figure.axes[0].collections[0].get_array()

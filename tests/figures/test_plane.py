@@ -6,7 +6,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 
 from ib_analysis.errors import CalibrationError
-from ib_analysis.figures.plane import plot_local_plane, plot_plane
+from ib_analysis.figures.plane import draw_local_plane, draw_plane
 
 COLUMNS = [
     "family",
@@ -38,12 +38,12 @@ LOCAL = pd.DataFrame(
         (1, 0, "values", "bottleneck", None, np.nan, 9.0, 3.0),
         (1, 0, "values", "dithered", "rotated", 4, 8.5, 2.5),
     ],
-    columns=["layer", "head", "part", "kind", "format", "bits", "rate_bits", "relevance_bits"],
+    columns=["layer", "head", "side", "kind", "format", "bits", "rate_bits", "relevance_bits"],
 )
 
 
 def test_best_cells_are_joined_on_both_panels():
-    for axes, rates in zip(plot_plane(POINTS).axes, ([2000.0, 4000.0], [1200.0, 2500.0])):
+    for axes, rates in zip(draw_plane(POINTS).axes, ([2000.0, 4000.0], [1200.0, 2500.0])):
         lines = {str(found.get_label()): found.lines[0] for found in axes.containers if isinstance(found, ErrorbarContainer)}
         assert np.asarray(lines["optimal"].get_xdata()).tolist() == rates
         assert np.asarray(lines["quantized pruning"].get_ydata()).tolist() == [1.5]
@@ -51,16 +51,16 @@ def test_best_cells_are_joined_on_both_panels():
         assert -1 < axes.get_ylim()[0] < 0  # the cell at -9 is left to the table
 
 
-def test_chord_joins_null_and_full():
-    labelled = {str(line.get_label()): line for line in plot_plane(POINTS).axes[0].lines}
-    chord = np.asarray(labelled["random eviction (chord)"].get_xydata())
-    assert chord[0].tolist() == [200.0, 0.0]
-    assert np.allclose(chord[-1], [16000.0, 2.0])
-    assert np.allclose(chord[:, 1], (chord[:, 0] - 200) / 15800 * 2)
+def test_time_sharing_joins_null_and_full():
+    labelled = {str(line.get_label()): line for line in draw_plane(POINTS).axes[0].lines}
+    line = np.asarray(labelled["random eviction (time sharing)"].get_xydata())
+    assert line[0].tolist() == [200.0, 0.0]
+    assert np.allclose(line[-1], [16000.0, 2.0])
+    assert np.allclose(line[:, 1], (line[:, 0] - 200) / 15800 * 2)
 
 
 def test_local_plane_shows_the_head_that_says_most():
-    keys, values = plot_local_plane(LOCAL).axes
+    keys, values = draw_local_plane(LOCAL).axes
     assert values.get_title() == "layer 1, head 0: values"
     curve, kivi, rotated = values.lines
     assert np.asarray(curve.get_xydata()).tolist() == [[0.0, 0.0], [9.0, 3.0]]
@@ -68,6 +68,16 @@ def test_local_plane_shows_the_head_that_says_most():
     assert np.size(kivi.get_xdata()) == np.size(keys.lines[1].get_xdata()) == 0
 
 
+def test_floors_lie_on_a_line_to_their_points():
+    floor = LOCAL[LOCAL.format == "rotated"].assign(kind="floor", rate_bits=7.0, relevance_bits=2.25)
+    keys, values = draw_local_plane(pd.concat([LOCAL, floor])).axes
+    _, joined, floors, *_ = values.lines
+    assert np.asarray(joined.get_xydata()).tolist() == [[7.0, 2.25], [8.5, 2.5]]
+    assert np.asarray(floors.get_xydata()).tolist() == [[7.0, 2.25]]
+    assert floors.get_label() == "fewest bits at the same error"
+    assert len(keys.lines) == len(draw_local_plane(LOCAL).axes[0].lines)
+
+
 def test_an_empty_local_plane_is_refused():
     with pytest.raises(CalibrationError, match="no local plane"):
-        plot_local_plane(LOCAL[:0])
+        draw_local_plane(LOCAL[:0])

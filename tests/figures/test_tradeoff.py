@@ -6,7 +6,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 
 from ib_analysis.figures.style import save_figure
-from ib_analysis.figures.tradeoff import plot_tradeoff
+from ib_analysis.figures.tradeoff import draw_tradeoff
 
 TABLE = pd.DataFrame(
     [
@@ -20,7 +20,7 @@ TABLE = pd.DataFrame(
 
 
 def test_every_row_is_a_point():
-    axes = plot_tradeoff(TABLE).axes[0]
+    axes = draw_tradeoff(TABLE).axes[0]
     lines = {str(found.get_label()): found.lines[0] for found in axes.containers if isinstance(found, ErrorbarContainer)}
     assert np.asarray(lines["optimal"].get_xydata()).tolist() == [[256.0, 1.7], [512.0, 1.9]]
     assert np.asarray(lines["prune-only"].get_xydata()).tolist() == [[512.0, -0.5]]
@@ -30,7 +30,7 @@ def test_every_row_is_a_point():
 def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
     contents = []
     for _ in range(2):
-        save_figure(plot_tradeoff(TABLE), TABLE, tmp_path / "figure")
+        save_figure(draw_tradeoff(TABLE), TABLE, tmp_path / "figure")
         contents.append([(tmp_path / f"figure.{kind}").read_bytes() for kind in ("pdf", "png", "csv")])
     assert contents[0] == contents[1]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figure.csv"), TABLE)
@@ -38,5 +38,5 @@ def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
 
 @pytest.mark.parametrize(("given", "stem"), [("budget_0.125", "budget_0.125"), ("budget.png", "budget")])
 def test_names_with_dots(tmp_path, given, stem):
-    save_figure(plot_tradeoff(TABLE), TABLE, tmp_path / given)
+    save_figure(draw_tradeoff(TABLE), TABLE, tmp_path / given)
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.pdf", f"{stem}.png", f"{stem}.csv"}

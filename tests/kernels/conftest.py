@@ -6,8 +6,8 @@ import pytest
 import torch
 from ib_kernels import Packed, quantize_pack, unpack_tokens
 
-# Triton decides when it is imported whether it interprets: test_interpreted.py runs these tests in a process of their own.
-# Where there is a GPU they run compiled in this one, too.
+# Triton decides when it is imported whether it interprets: `make test-interpreted` runs the tests of interpreted/ in a process
+# of their own. Where there is a GPU they run compiled in this one, too.
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_compiled.py"]
 else:

@@ -14,7 +14,7 @@ GPU = torch.device("cuda")
 def gpu_that_runs_kernels(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(backends, "without_kernels", lambda device: None)
-    backends._log_once.cache_clear()
+    backends._plain_torch.cache_clear()
 
 
 def test_a_cpu_runs_plain_torch_and_says_nothing(caplog, monkeypatch):
@@ -36,7 +36,6 @@ def test_a_gpu_runs_the_kernels(gpu_that_runs_kernels, caplog):
         (40, ("kivi", 4, 4), "multiple of 16"),
         (272, ("kivi", 4, 4), "up to 256"),
         (64, ("kivi", 16, 4), "keys of 16 with values of 4 bits"),
-        (64, ("other", 4, 4), "not 'other'"),
     ],
 )
 def test_a_gpu_falls_back_and_says_so_once(gpu_that_runs_kernels, caplog, head_dim, form, reason):
@@ -49,7 +48,7 @@ def test_a_gpu_falls_back_and_says_so_once(gpu_that_runs_kernels, caplog, head_d
 def test_a_gpu_without_triton_falls_back(monkeypatch, caplog):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(backends, "without_kernels", lambda device: "Triton is not installed")
-    backends._log_once.cache_clear()
+    backends._plain_torch.cache_clear()
     assert default_backend(GPU) == pick_backend(GPU, 64, []) == "reference"
     (record,) = caplog.records
     assert "Triton is not installed" in record.message

@@ -4,10 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ib_kernels import Window, plan, quantize_pack
+from ib_kernels import Sides, Window, quantize_pack, schedule, unpack_tokens
 from ib_kernels.decoding import packed_attention_triton
-from ib_kernels.packed import unpack_tokens_triton
-from ib_kernels.packing import quantize_pack_triton
 
 QUERY = torch.randn(2, 4, 64)
 WINDOW = Window(torch.randn(2, 5, 64), torch.randn(2, 5, 64), torch.ones(1, 2, 5, dtype=torch.bool))
@@ -48,7 +46,11 @@ PACKING = [
     ({"pairs": torch.tensor([0], dtype=torch.int32)}, "int32"),
     ({"key_bits": 5}, "5 bits"),
     ({"fmt": "zip"}, "zip"),
-    ({"fmt": "rotated", "centre": torch.zeros(2, 64)}, "centre"),
+    ({"fmt": "rotated", "fitted": Sides({"centre": torch.zeros(2, 64)}, {})}, "centre must be fp16"),
+    ({"fmt": "rotated", "fitted": Sides({"centre": torch.zeros(2, 32).half()}, {})}, "centre must be fp16"),
+    ({"fmt": "rotated", "fitted": Sides({"mean": torch.zeros(2, 64).half()}, {})}, r"keep \['centre'\]"),
+    ({"fmt": "rotated", "fitted": Sides({"centre": torch.zeros(2, 64, device="meta").half()}, {})}, "on meta"),
+    ({"fmt": "rotated", "fitted": Sides({"centre": torch.zeros(2, 64).half()}, {"centre": torch.zeros(2, 64).half()})}, "values"),
 ]
 
 
@@ -62,12 +64,11 @@ def test_packing_refuses(changed, message):
 @pytest.mark.parametrize("head_dim", [40, 8, 272])
 def test_kernels_refuse_head_dims(fmt, head_dim):
     keys = torch.randn(1, 2, 20, head_dim)
-    arguments = (fmt, keys, keys, torch.arange(40), torch.tensor([20, 20], dtype=torch.int32), 4, 4, None)
     with pytest.raises(ValueError, match=f"got {head_dim}"):
-        quantize_pack_triton(*arguments)
+        pack(fmt=fmt, keys=keys, values=keys, backend="triton")
     held = pack(fmt=fmt, keys=keys, values=keys)
     with pytest.raises(ValueError, match=f"got {head_dim}"):
-        unpack_tokens_triton(held)
+        unpack_tokens(held, "triton")
     with pytest.raises(ValueError, match=f"got {head_dim}"):
         packed_attention_triton(torch.randn(2, 4, head_dim), [held], None, 1.0)
 
@@ -140,16 +141,16 @@ def test_attention_refuses_parts_of_16_bits():
         packed_attention_triton(QUERY, [replace(pack(), key_bits=16, keys=held.keys)], None, 1.0)
 
 
-def test_attention_refuses_the_plan_of_other_parts():
+def test_attention_refuses_the_schedule_of_other_parts():
     held = pack()
-    step = plan([held], 2, QUERY.device, items=4)
-    with pytest.raises(ValueError, match="plan again"):
-        packed_attention_triton(QUERY, [held, held], None, 1.0, step=step)
-    with pytest.raises(ValueError, match="plan again"):
-        packed_attention_triton(QUERY, [held], None, 1.0, step=plan([held], 3, QUERY.device, items=4))
+    made = schedule([held], 2, QUERY.device, items=4)
+    with pytest.raises(ValueError, match="schedule again"):
+        packed_attention_triton(QUERY, [held, held], None, 1.0, schedule=made)
+    with pytest.raises(ValueError, match="schedule again"):
+        packed_attention_triton(QUERY, [held], None, 1.0, schedule=schedule([held], 3, QUERY.device, items=4))
 
 
-def test_no_plan_for_parts_without_a_kernel():
+def test_no_schedule_for_parts_without_a_kernel():
     keys, values = torch.randn(2, 1, 2, 20, 40)
     with pytest.raises(ValueError, match="multiple of 16 up to 256, got 40"):
-        plan([pack(keys=keys, values=values)], 2, QUERY.device)
+        schedule([pack(keys=keys, values=values)], 2, QUERY.device)

@@ -17,6 +17,8 @@ import bench_gpu
 from attention_speed import CASES, Case, run_lengths
 from results import Measured, NotRunError, Row, Task, append, markdown, ratios, read
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parents[2] / "kernels" / "benchmarks" / "bench_gpu.py"
 LLAMA = "batch 1 context 131072 group 4"
 

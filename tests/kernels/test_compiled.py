@@ -16,8 +16,11 @@ pytest.importorskip("triton")
 from ahead_of_time import MachineCode, compile_for, instructions
 from compile import BITS, CAPABILITIES, faults, variants
 from ib_kernels.decoding_triton import attend_kernel, programs_per_core, programs_that_fit
+from ib_kernels.launch_table import Asked
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+pytestmark = pytest.mark.slow
 
 CHOSEN = [
     "attend rotated k4 v4 d128 rows 8 float32",
@@ -46,8 +49,8 @@ def find(name, capability):
     return next(variant for variant in variants(capability, head_dim, BITS) if variant.name == name)
 
 
-def compiled(variant, capability, **options):
-    return compile_for(variant.kernel, variant.types, variant.constants, variant.options | options, capability)
+def compiled(variant, capability, **launch):
+    return compile_for(variant.kernel, variant.types, variant.constants, variant.launch | launch, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -95,10 +98,10 @@ def test_registers_and_shared_memory_limit_the_programs_of_a_core(registers, war
 @pytest.mark.parametrize(
     ("asked", "name", "programs"),
     [
-        (("rotated", 128, 4, 4, 1, torch.bfloat16, False), "attend rotated k4 v4 d128 rows 8 float32", 14),
-        (("rotated", 128, 4, 4, 9, torch.bfloat16, False), "attend rotated k4 v4 d128 rows 16 float32", 8),
-        (("kivi", 128, 4, 4, 8, torch.bfloat16, False), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
-        (("kivi", 128, 4, 4, 8, torch.float32, True), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
+        (Asked(False, 128, 4, 4, False, True, False, 90), "attend rotated k4 v4 d128 rows 8 float32", 14),
+        (Asked(False, 128, 4, 4, True, True, False, 90), "attend rotated k4 v4 d128 rows 16 float32", 8),
+        (Asked(True, 128, 4, 4, False, False, False, 90), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
+        (Asked(True, 128, 4, 4, False, True, True, 90), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
     ],
 )
 def test_the_programs_of_a_core_are_those_of_what_is_compiled(asked, name, programs, monkeypatch):
@@ -106,14 +109,15 @@ def test_the_programs_of_a_core_are_those_of_what_is_compiled(asked, name, progr
     gpu = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
     )
-    h100 = SimpleNamespace(major=9, minor=0, shared_memory_per_multiprocessor=228 << 10)
+    h100 = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10)
     monkeypatch.setattr(driver, "_active", gpu)
     monkeypatch.setattr(attend_kernel, "device_caches", defaultdict(attend_kernel.create_binder))  # not to stay for others
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     variant = find(name, 90)
-    expected = programs_that_fit(variant.options, compiled(variant, 90).shared_bytes, 228 << 10)
-    assert programs_per_core.__wrapped__(*asked, torch.device("cuda", 0)) == expected == programs
+    expected = programs_that_fit(variant.launch, compiled(variant, 90).shared_bytes, 228 << 10)
+    dtype = torch.float32 if asked.fp32 else torch.bfloat16
+    assert programs_per_core.__wrapped__(asked, dtype, torch.device("cuda", 0)) == expected == programs
 
 
 def test_instructions_of_the_longest_loop():

@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ib_kernels.kivi import GROUP_CHANNELS, GROUP_TOKENS, KIVI
+from ib_kernels.formats.kivi import KIVI
+from ib_kernels.formats.kivi.reference import GROUP_CHANNELS, GROUP_TOKENS
 
 BITS = [2, 3, 4, 8]
 HEAD_DIMS = [8, 20, 40, 64, 80, 96, 128]

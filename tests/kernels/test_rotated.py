@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from ib_kernels.rotated import GAUSSIAN_STEP, ROTATED, block_size, hadamard
+from ib_kernels.formats.rotated import ROTATED
+from ib_kernels.formats.rotated.reference import GAUSSIAN_STEP, hadamard, hadamard_order
 
 # Mean squared error of the optimal uniform quantizer of N(0, 1).
 GAUSSIAN_DISTORTION = {2: 0.11885, 3: 0.03744, 4: 0.01154, 8: 8.769e-5}
@@ -15,13 +16,13 @@ def roundtrip(quantizer, x, lengths, bits):
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 8, 20, 96, 128])
-def test_rotation_is_block_hadamard_orthonormal_and_its_own_inverse(head_dim):
-    block = block_size(head_dim)
-    matrix = hadamard(torch.eye(head_dim)) / block**0.5
+def test_rotation_is_block_diagonal_hadamard_orthonormal_and_its_own_inverse(head_dim):
+    order = hadamard_order(head_dim)
+    matrix = hadamard(torch.eye(head_dim)) / order**0.5
     assert torch.equal(matrix, matrix.T)
     torch.testing.assert_close(matrix @ matrix, torch.eye(head_dim))
-    blocks = torch.block_diag(*[torch.ones(block, block)] * (head_dim // block))
-    torch.testing.assert_close(matrix.abs(), blocks / block**0.5)
+    blocks = torch.block_diag(*[torch.ones(order, order)] * (head_dim // order))
+    torch.testing.assert_close(matrix.abs(), blocks / order**0.5)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

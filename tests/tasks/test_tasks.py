@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ib_analysis.errors import CalibrationError
 from ib_analysis.tasks import TASKS
-from ib_analysis.tasks.mixture import mixture
+from ib_analysis.tasks.mixture import MIXTURE, mixture
 from ib_analysis.tasks.retrieval import pairs_prompt
 from ib_analysis.tasks.text import embedded_tokenizer, held_out_documents
 from ib_analysis.tasks.words import ADJECTIVES, NOUNS, PLACES, VERBS, WORDS, count_words, scatter
@@ -145,9 +145,14 @@ def test_needles_lie_anywhere():
 
 def test_mixture_takes_the_tasks_in_turn():
     prompts = mixture("one", 7, 256)
-    assert [prompt.task for prompt in prompts] == [*TASKS, "retrieval", "needles"]
+    assert [prompt.task for prompt in prompts] == [*MIXTURE, "retrieval", "needles"]
     assert prompts == mixture("one", 7, 256)
     assert not set(prompts) & set(mixture("two", 7, 256))
+    assert [prompt.task for prompt in mixture("one", 3, 256, ["text", "copying"])] == ["text", "copying", "text"]
+
+
+def test_the_default_mixture_is_all_of_ours():
+    assert tuple(TASKS) == MIXTURE
 
 
 def test_every_word_is_one_token():

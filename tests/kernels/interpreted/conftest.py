@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ib_kernels import Packed, Window, plan
+from ib_kernels import Packed, Window, schedule
 from ib_kernels.decoding import packed_attention_triton
 
 GUARD = 64
@@ -37,7 +37,7 @@ def guard(device):
 
     def copy(held):
         if isinstance(held, Packed):
-            keys, values = ({name: guarded(part, device) for name, part in side.items()} for side in (held.keys, held.values))
+            keys, values = ({name: guarded(tensor, device) for name, tensor in side.items()} for side in (held.keys, held.values))
             lengths, pairs = guarded(held.lengths, device), guarded(held.pairs, device)
             return replace(held, keys=keys, values=values, lengths=lengths, pairs=pairs)
         if isinstance(held, Window):
@@ -54,8 +54,8 @@ def attend(guard, device):
 
     def run(query, parts, window, scaling, softcap=None, bias=None, items=None):
         parts = [guard(part) for part in parts]
-        step = None if items is None else plan(parts, query.shape[0], device, items)
-        result = packed_attention_triton(guard(query), parts, guard(window), scaling, softcap, guard(bias), step)
+        made = None if items is None else schedule(parts, query.shape[0], device, items)
+        result = packed_attention_triton(guard(query), parts, guard(window), scaling, softcap, guard(bias), made)
         return tuple(x.cpu() for x in result)
 
     return run

@@ -149,7 +149,7 @@ def test_rows_that_see_nothing_give_zero(make_packed, attend):
 
 
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
-def test_the_pieces_do_not_show(make_packed, attend, fmt):
+def test_the_items_do_not_show(make_packed, attend, fmt):
     packed = make_packed(fmt, [500, 130], 32)
     query = random_query(2, 4, 32)
     one = attend(query, [packed], None, 0.2, items=1)

@@ -7,11 +7,12 @@ import torch
 from ib_kernels.backends import VARIABLE, default_backend
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ib_analysis.attention import cache_argument, use_attention
-from ib_analysis.cache import CompressedCache
-from ib_analysis.plan import HeadPlan, Pinned, Tier
+from ib_analysis.cache.attention import cache_argument, use_attention
+from ib_analysis.cache.compressed import CompressedCache
+from ib_analysis.cache.plan import HeadPlan, Recent, Tier
+from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.shape import cache_shape
 from ib_analysis.scorers import SCORERS
-from ib_analysis.shape import cache_shape
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -29,8 +30,8 @@ def generate(model, ids, mask, new_tokens, backend, monkeypatch):
     """Greedy tokens [B, n] and logits [n, B, V], and the cache."""
     monkeypatch.setenv(VARIABLE, backend)
     use_attention(model)
-    shape = cache_shape(model.config)
-    cache = CompressedCache(shape, PLANS[: len(shape.layers)], Pinned(3, 5, 4), SCORERS["value_aware"])
+    spec = CacheSpec(cache_shape(model.config), Recent(3, 5, 4), SCORERS["value_aware"])
+    cache = CompressedCache(spec, PLANS[: len(spec.shape.layers)])
     filled = cache_argument(model, cache)
     with torch.no_grad():
         model(ids[:, :-FOLLOW_UP], attention_mask=mask[:, :-FOLLOW_UP], **filled, logits_to_keep=1)
@@ -39,7 +40,7 @@ def generate(model, ids, mask, new_tokens, backend, monkeypatch):
     out = model.generate(ids, attention_mask=mask, **filled, **count, **returned, do_sample=False)
     for layer in cache.layers:
         assert layer.backend == backend
-        assert (layer.step is not None) == (backend == "triton")
+        assert (layer.schedule is not None) == (backend == "triton")
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits), cache
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ib_kernels import Window, decoding_triton, plan
+from ib_kernels import Window, decoding_triton, schedule
 from ib_kernels.decoding import packed_attention_triton
 
 
@@ -29,13 +29,13 @@ def test_a_captured_step_gives_what_a_call_gives(make_packed, guard):
     parts = [guard(make_packed("kivi", [300, 129], 128)), guard(make_packed("rotated", [64, 0], 128, 2, 2))]
     window = guard(Window(*torch.randn(2, 2, 50, 128).to(torch.bfloat16)))
     query, newer = torch.randn(2, 2, 4, 128).to("cuda", torch.bfloat16)
-    step = plan(parts, 2, query.device)
-    packed_attention_triton(query, parts, window, 0.1, step=step)  # compiles
+    made = schedule(parts, 2, query.device)
+    packed_attention_triton(query, parts, window, 0.1, schedule=made)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = packed_attention_triton(query, parts, window, 0.1, step=step)
+        captured = packed_attention_triton(query, parts, window, 0.1, schedule=made)
     query.copy_(newer)
     graph.replay()
-    for a, b in zip(captured, packed_attention_triton(newer, parts, window, 0.1, step=step)):
+    for a, b in zip(captured, packed_attention_triton(newer, parts, window, 0.1, schedule=made)):
         assert torch.equal(a, b)

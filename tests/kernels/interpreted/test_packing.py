@@ -5,12 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from ib_kernels import kivi_triton, quantize_pack, rotated, rotated_triton, unpack_tokens
-from ib_kernels.packed import Packed, unpack_tokens_triton
-from ib_kernels.packing import quantize_pack_triton
+from ib_kernels import PackedTokens, Sides, quantize_pack, unpack_tokens
+from ib_kernels.formats.kivi import kernels as kivi_kernels
+from ib_kernels.formats.rotated import kernels as rotated_kernels
+from ib_kernels.formats.rotated import reference as rotated_reference
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from ib_analysis.formats.packed import PackedTokens
 
 LENGTHS = [33, 0, 1, 70]
 CASES = [
@@ -51,18 +50,19 @@ def random_cache(head_dim, dtype, lengths=LENGTHS, seed=0):
 def packed_by_kernels(device):
     """A packed part that the kernels made, on the CPU. Keys go in strided, and everything between poisoned surroundings."""
 
-    def make(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, centre=None):
-        inputs = (keys.to(device), values.to(device), rows.to(device), lengths.to(device), key_bits, value_bits)
-        sides = quantize_pack_triton(fmt, *inputs, None if centre is None else centre.to(device))
-        of_keys, of_values = ({name: part.cpu() for name, part in side.items()} for side in sides)
-        return Packed(fmt, key_bits, value_bits, keys.shape[3], of_keys, of_values, lengths, pairs)
+    def make(fmt, keys, values, rows, lengths, pairs, key_bits, value_bits, fitted=None):
+        tokens = (keys.to(device), values.to(device), rows.to(device))
+        runs = (lengths.to(device), pairs.to(device))
+        kept = fitted and Sides({"centre": fitted.keys["centre"].to(device)}, {})
+        made = quantize_pack(fmt, *tokens, *runs, key_bits, value_bits, kept, backend="triton")
+        return PackedTokens(made).to("cpu").packed
 
     return make
 
 
 @pytest.fixture
 def unpacked_by_kernels(guard):
-    return lambda packed: tuple(x.cpu() for x in unpack_tokens_triton(guard(packed)))
+    return lambda packed: tuple(x.cpu() for x in unpack_tokens(guard(packed), "triton"))
 
 
 def assert_same(kernels, plain):
@@ -121,15 +121,15 @@ def test_saturation_and_nan_stay_where_they_are(packed_by_kernels, fmt):
 def test_a_given_centre_is_kept(packed_by_kernels):
     keys, values, rows, pairs = random_cache(32, torch.bfloat16)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-    centre = torch.randn(4, 32).to(torch.float16)
-    kernels = packed_by_kernels("rotated", keys, values, rows, lengths, pairs, 4, 4, centre)
-    assert_same(kernels, quantize_pack("rotated", keys, values, rows, lengths, pairs, 4, 4, centre))
+    fitted = Sides({"centre": torch.randn(4, 32).to(torch.float16)}, {})
+    kernels = packed_by_kernels("rotated", keys, values, rows, lengths, pairs, 4, 4, fitted)
+    assert_same(kernels, quantize_pack("rotated", keys, values, rows, lengths, pairs, 4, 4, fitted))
 
 
-@pytest.mark.parametrize("most", [16, 33, 300])
-def test_centre_of_a_sample(packed_by_kernels, monkeypatch, most):
-    monkeypatch.setattr(rotated, "CENTRE_TOKENS", most)
-    monkeypatch.setattr(rotated_triton, "CENTRE_TOKENS", most)
+@pytest.mark.parametrize("max_tokens", [16, 33, 300])
+def test_centre_of_a_sample(packed_by_kernels, monkeypatch, max_tokens):
+    monkeypatch.setattr(rotated_reference, "CENTRE_TOKENS", max_tokens)
+    monkeypatch.setattr(rotated_kernels, "CENTRE_TOKENS", max_tokens)
     lengths = [129, 0, 33, 128]
     keys, values, rows, pairs = random_cache(16, torch.bfloat16, lengths)
     arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, 4, 4)
@@ -139,8 +139,8 @@ def test_centre_of_a_sample(packed_by_kernels, monkeypatch, most):
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("fmt", ["kivi", "rotated"])
 def test_sizes_of_programs_do_not_show(packed_by_kernels, unpacked_by_kernels, monkeypatch, fmt, size):
-    monkeypatch.setattr(rotated_triton, "TOKENS", size)
-    monkeypatch.setattr(kivi_triton, "GROUPS", size // 16)
+    monkeypatch.setattr(rotated_kernels, "TOKENS", size)
+    monkeypatch.setattr(kivi_kernels, "GROUPS", size // 16)
     keys, values, rows, pairs = random_cache(32, torch.bfloat16)
     arguments = (fmt, keys, values, rows, torch.tensor(LENGTHS, dtype=torch.int32), pairs, 4, 4)
     kernels = packed_by_kernels(*arguments)

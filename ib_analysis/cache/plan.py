@@ -1,0 +1,118 @@
+"""What a cache keeps: tiers of tokens and bits for every KV head, and the tokens that stay at 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from ib_kernels import FORMATS, RAW_BITS, tokens_nbytes
+
+from ib_analysis.cache.tiers import Count, tier_counts, tier_edges
+
+BITS = (2, 3, 4, 8)
+FULL = (RAW_BITS, RAW_BITS)
+WINDOW_SHARE = 1 / 4  # of a budget that sinks and window may take
+MAX_SINKS, MAX_WINDOW, MAX_FLUSH = 4, 32, 16
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A share of a head's compressible tokens, stored at these precisions (2, 3, 4, 8, or 16 for none)."""
+
+    token_share: float
+    key_bits: int
+    value_bits: int
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Tiers of one KV head, the tokens that score highest in the first; what no tier takes is evicted."""
+
+    format: str
+    tiers: tuple[Tier, ...] = ()
+
+    @property
+    def token_shares(self) -> tuple[float, ...]:
+        return tuple(tier.token_share for tier in self.tiers)
+
+    @property
+    def kept_share(self) -> float:
+        return sum(self.token_shares)
+
+    def counts(self, tokens: Count) -> list[Count]:
+        """How many of `tokens` compressible tokens each tier takes."""
+        return tier_counts(self.token_shares, tokens)
+
+    def edges(self, tokens: Count, before: Count | None = None) -> list[Count]:
+        """Ranks between which each tier takes its tokens (see `tier_edges`)."""
+        return tier_edges(self.token_shares, tokens, before)
+
+    def nbytes(self, tokens: Count, head_dim: int) -> Count:
+        """Exact bytes of this head in a cache with `tokens` compressible tokens."""
+        total = tokens * 0
+        for tier, count in zip(self.tiers, self.counts(tokens)):
+            total = total + tokens_nbytes(self.format, count, head_dim, tier.key_bits, tier.value_bits)
+        return total * (tokens > 0)  # nothing is stored before there is anything to compress
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> HeadPlan:
+        """From what `dataclasses.asdict` made of it; version 1 called a token share a share."""
+        tiers = ({("token_share" if key == "share" else key): value for key, value in tier.items()} for tier in content["tiers"])
+        return cls(content["format"], tuple(Tier(**tier) for tier in tiers))
+
+
+Plans = tuple[tuple[HeadPlan, ...] | None, ...]  # one row for each layer; None for a layer that is left as it is
+PlansToTry = Sequence[Sequence[HeadPlan | None] | None]  # in which heads may be left as they are, too
+Head = tuple[int, int]  # layer, KV head
+
+EVICTED = HeadPlan(next(iter(FORMATS)))
+RAW = HeadPlan(next(iter(FORMATS)), (Tier(1.0, *FULL),))  # all tokens at 16 bits, in packed storage
+
+
+def plan_of(plans: Plans, head: Head) -> HeadPlan | None:
+    """The plan of one head; None in a layer that is left at full precision."""
+    row = plans[head[0]]
+    return None if row is None else row[head[1]]
+
+
+def precisions() -> list[tuple[str, tuple[int, int]]]:
+    """Every (format, (key bits, value bits)); at 16 bits there is nothing to format."""
+    packed = [(fmt, bits) for fmt in FORMATS for bits in product(BITS, BITS)]
+    return [*packed, (RAW.format, FULL)]
+
+
+@dataclass(frozen=True)
+class Recent:
+    """Sinks and residual window, kept at 16 bits in every head: the first `sinks` tokens, and at least `window` recent ones.
+
+    Tokens leave the window `flush` at a time, at the same lengths whether they came in one block or one by one.
+    """
+
+    sinks: int
+    window: int
+    flush: int
+
+    @classmethod
+    def within(cls, share: float, context_length: int) -> Recent:
+        """At most a quarter of a budget, at most 4 and 32 tokens; at least one token each."""
+        tokens = int(WINDOW_SHARE * share * context_length)
+        sinks = min(MAX_SINKS, max(1, tokens // 4))
+        flush = min(MAX_FLUSH, max(1, tokens // 4))
+        return cls(sinks, min(MAX_WINDOW, max(1, tokens - sinks - flush + 1)), flush)
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest number of tokens at 16 bits."""
+        return self.sinks + self.window + self.flush - 1
+
+    def compressible(self, length: Count) -> Count:
+        """How many tokens of a cache of `length` tokens are compressible."""
+        beyond = np.maximum(np.asarray(length) - self.sinks - self.window, 0) // self.flush * self.flush
+        return int(beyond) if isinstance(length, int) else beyond
+
+    def before_leaving(self, length: int) -> int:
+        """The first length from this one on at which one more token makes some leave the window."""
+        return length + (self.max_tokens - length) % self.flush

@@ -1,0 +1,157 @@
+"""What the caches of one calibration share, and the limit in bytes that they keep to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import floor, log10, nan
+from typing import Any
+
+import numpy as np
+
+from ib_analysis.cache.plan import EVICTED, RAW, Head, HeadPlan, Plans, PlansToTry, Recent, plan_of
+from ib_analysis.cache.tiers import Count
+from ib_analysis.errors import BudgetError
+from ib_analysis.model.shape import CacheShape, LayerShape
+from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
+
+LONGEST = 8  # budgets are checked up to this many times the context length; beyond, fixed costs are an ever smaller share
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The model's cache, the tokens that stay at 16 bits, and the scorer that ranks the others."""
+
+    shape: CacheShape
+    recent: Recent
+    scorer: Scorer
+
+    def uniform(self, plan: HeadPlan) -> Plans:
+        """The same plan for every head that can be compressed."""
+        return tuple(None if layer.sliding_window else (plan,) * layer.kv_heads for layer in self.shape.layers)
+
+    @property
+    def null_plans(self) -> Plans:
+        """Every compressible token evicted."""
+        return self.uniform(EVICTED)
+
+    @property
+    def full_plans(self) -> Plans:
+        """Every layer left as it is."""
+        return (None,) * len(self.shape.layers)
+
+    def single_head(self, head: Head, plan: HeadPlan | None) -> PlansToTry:
+        """One head under a plan, all others left as they are."""
+        rows: list[list[HeadPlan | None] | None] = [None] * len(self.shape.layers)
+        rows[head[0]] = [plan if h == head[1] else None for h in range(self.shape.layers[head[0]].kv_heads)]
+        return rows
+
+    def mean_tier(self, plans: Plans) -> dict[str, float]:
+        """Means over heads of token_share, and over what is kept of key_bits and value_bits, which are NaN where nothing is."""
+        tiers = [tier for head in self.shape.heads for tier in (plan_of(plans, head) or RAW).tiers]
+        kept = sum(tier.token_share for tier in tiers)
+        bits = {
+            name: sum(tier.token_share * getattr(tier, name) for tier in tiers) / (kept or nan)
+            for name in ("key_bits", "value_bits")
+        }
+        return {"token_share": kept / len(self.shape.heads), **bits}
+
+    def nbytes(self, plans: Plans, length: Count) -> Count:
+        """Exact bytes of one sequence of `length` tokens in the compressible layers, at 16 bits in those left as they are."""
+        tokens = self.recent.compressible(length)
+        total = length * 0
+        for layer, heads in zip(self.shape.layers, plans):
+            if not layer.sliding_window:
+                total = total + (length if heads is None else length - tokens) * layer.bytes_per_token
+        alike = Counter((plan, layer.head_dim) for layer, heads in zip(self.shape.layers, plans) for plan in heads or ())
+        for (plan, head_dim), heads_alike in alike.items():
+            total = total + heads_alike * plan.nbytes(tokens, head_dim)
+        return total
+
+    def recent_bytes(self, length: int) -> int:
+        """Bytes of sinks and window alone."""
+        return (length - self.recent.compressible(length)) * self.shape.bytes_per_token
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads. Raises UnknownNameError for a scorer that is in no registry."""
+        layers = [asdict(layer) for layer in self.shape.layers]
+        return {"shape": layers, "recent": asdict(self.recent), "scorer": scorer_to_json(self.scorer)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CacheSpec:
+        """Also from version 1, which called the tokens at 16 bits pinned."""
+        shape = CacheShape(tuple(LayerShape(**layer) for layer in content["shape"]))
+        return cls(shape, Recent(**content["recent" if "recent" in content else "pinned"]), get_scorer(content["scorer"]))
+
+
+@dataclass(frozen=True)
+class ByteLimit:
+    """A budget: a share of the full 16-bit cache, from a context length on. Every byte counts.
+
+    `lowered_bytes` are taken off at the context length, so that longer contexts stay within the share, too.
+    """
+
+    spec: CacheSpec
+    share: float
+    context_length: int
+    lowered_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at the context length, sinks and window included."""
+        return int(self.share * self.spec.shape.bytes_per_token * self.context_length) - self.lowered_bytes
+
+    @property
+    def spare(self) -> int:
+        """Bytes at the context length for all tokens but sinks and window."""
+        return self.nbytes - self.spec.recent_bytes(self.context_length)
+
+    def lowered(self, nbytes: int) -> ByteLimit:
+        """Less by so many bytes, but not below sinks and window, which stay within the share."""
+        return replace(self, lowered_bytes=self.lowered_bytes + min(nbytes, max(0, self.spare)))
+
+    def excess(self, plans: Plans) -> int:
+        """By how many bytes a cache exceeds the share at most, from the context length on; 0 if it does not.
+
+        Tokens leave the window some at a time, and kivi stores groups of keys whole: a cache that fits at one length may
+        be too large at the next.
+        """
+        # The cache grows faster than the budget until tokens leave the window: only the lengths just before that matter.
+        recent, length = self.spec.recent, self.context_length
+        lengths = np.arange(recent.before_leaving(length), LONGEST * length + recent.flush, recent.flush)
+        return max(0, int(np.ceil(self._over(plans, lengths).max())))
+
+    def minimum_context(self, plans: Plans) -> int:
+        """The shortest length from which on the cache stays within the share, checked up to eight times the context length.
+
+        Raises BudgetError if the cache does not fit even there.
+        """
+        lengths = np.arange(1, LONGEST * self.context_length + 1)
+        over = np.flatnonzero(self._over(plans, lengths) > 0)
+        if len(over) and over[-1] == len(lengths) - 1:
+            raise BudgetError(f"the plans exceed {self.share:.4g} of the full cache even at {len(lengths)} tokens")
+        return int(lengths[over[-1]]) + 1 if len(over) else 1
+
+    def check(self) -> None:
+        """Raises BudgetError, with the minimum, if not even sinks and window fit from the context length on."""
+        if self.excess(self.spec.null_plans) == 0:
+            return
+        fullest = self.spec.recent.before_leaving(self.context_length)
+        full, minimum = self.spec.shape.bytes_per_token * fullest, self.spec.recent_bytes(fullest)
+        enough = _rounded_up(minimum / full)
+        raise BudgetError(
+            f"a budget of {self.share:.4g} of the cache is {int(self.share * full):,} bytes at {fullest} tokens, but sinks and "
+            f"window take {minimum:,}: ask for at least {enough:.4g}, or for a longer context (longer prompts)"
+        )
+
+    def _over(self, plans: Plans, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Bytes above the share at each length; negative below it."""
+        lengths = np.asarray(lengths)
+        return self.spec.nbytes(plans, lengths) - self.share * self.spec.shape.bytes_per_token * lengths
+
+
+def _rounded_up(share: float) -> float:
+    """A share of four digits that is above this one, unless that is all."""
+    step = 10.0 ** (floor(log10(share)) - 3)
+    return min(1.0, (floor(round(share / step, 6)) + 1) * step)

@@ -1,0 +1,290 @@
+"""One example replayed under many plans at once: what a compressed cache would predict, without building each cache.
+
+The prefill does not depend on the plan. So its keys and values are computed once, every plan is applied to them
+(quantized and dequantized, evicted tokens masked), and all plans go through the model as one batch. The result is that
+of `CompressedCache`, up to the rounding of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from ib_kernels import SideName, partial_attention, roundtrip
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from ib_analysis.cache.attention import (
+    AnsweringLayer,
+    borrowed,
+    cache_argument,
+    causal_mask,
+    finish,
+    full_attention,
+    grouped_attention,
+)
+from ib_analysis.cache.plan import HeadPlan, PlansToTry
+from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.cache.tiers import ranks
+from ib_analysis.errors import CalibrationError, UnsupportedModelError
+from ib_analysis.replay.examples import Example
+from ib_analysis.scorers import Scorer
+
+BATCH_ELEMENTS = 2**21  # keys of one layer, over all plans of a batch: few enough to stay in a CPU's cache
+
+
+class ContextLayer(CacheLayerMixin, AnsweringLayer):
+    """Records the context's keys and values [H_kv, N, D] and the scores [H_kv, N] of its tokens."""
+
+    is_sliding = False
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.keys, self.values = key_states, value_states
+        return self, self
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
+        out = full_attention(module, query, self.keys, self.values, mask, scaling, extras)
+        valid = torch.ones(1, self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        self.scores = self.scorer(module, query, self.keys, self.values, valid, scaling)[0]
+        self.keys, self.values = self.keys[0], self.values[0]
+        return out
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPart:
+    """Versions of heads' contexts, W of them, each of which n (plan, head) pairs share."""
+
+    keys: Tensor  # [W, N, D]
+    values: Tensor  # [W, N, D]
+    kept: Tensor  # bool [W, N], the tokens that are visible
+    pairs: Tensor  # int64 [W, n], plan * H_kv + head
+
+
+class ReplayLayer(CacheLayerMixin, AnsweringLayer):
+    """Answers from the parts of a context, which together serve every plan and head, and from the follow-up's own keys.
+
+    `probe` [1, H, M, D], if given, is added to the output: its gradient is that of the heads' output. After the follow-up
+    the layer has its `query`, `new_keys`, `new_values`, `output`, and how it was computed.
+    """
+
+    is_sliding = False
+
+    def __init__(self, parts: list[ContextPart], length: int, probe: Tensor | None = None) -> None:
+        super().__init__()
+        self.parts, self.length, self.probe = parts, length, probe
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.new_keys, self.new_values = key_states, value_states
+        return self, self
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
+        length = query.shape[2]
+        self.query = query
+        context = self._attend_context(query, scaling, extras)
+        own_mask = causal_mask(length, length, query.device)
+        own = grouped_attention(query, self.new_keys, self.new_values, own_mask, scaling, extras)
+        self.scaling, self.extras = scaling, extras
+        self.output = finish([context[0], own[0]], [context[1], own[1]], query, extras)
+        return self.output if self.probe is None else self.output + self.probe
+
+    def _attend_context(self, query: Tensor, scaling: float, extras: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Attention to the context, as `grouped_attention`. Pairs that share a context are rows of one product."""
+        kv_heads, head_dim = self.new_keys.shape[1], query.shape[-1]
+        rows = query.reshape(len(query) * kv_heads, -1, head_dim)  # [P, G * M, D]
+        outs, lses = [], []
+        for part in self.parts:
+            runs = rows[part.pairs].flatten(1, 2)  # [W, n * G * M, D]
+            out, lse = partial_attention(runs, part.keys, part.values, part.kept[:, None], scaling, extras.get("softcap"))
+            outs.append(out.reshape(-1, *rows.shape[1:]))
+            lses.append(lse.reshape(-1, rows.shape[1]))
+        order = torch.cat([part.pairs.flatten() for part in self.parts]).argsort()
+        return torch.cat(outs)[order], torch.cat(lses)[order]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class Replay:
+    """An example after its prefill, ready to be continued under any plan."""
+
+    def __init__(self, model: PreTrainedModel, spec: CacheSpec, example: Example) -> None:
+        self.model, self.spec, self.example = model, spec, example
+        self.length = len(example.prefill)
+        self.first = min(spec.recent.sinks, self.length)  # the first compressible token
+        self.tokens = spec.recent.compressible(self.length)
+        self.dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        self.layers: list[CacheLayerMixin] = [
+            DynamicSlidingWindowLayer(sliding_window=layer.sliding_window) if layer.sliding_window else ContextLayer(spec.scorer)
+            for layer in spec.shape.layers
+        ]
+        try:
+            with torch.no_grad(), borrowed(model):
+                model(example.prefill[None], **cache_argument(model, Cache(layers=self.layers)), logits_to_keep=1)
+        except (AttributeError, TypeError) as error:  # a layer was taken for a tensor
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does more with keys and values than attend to them, so its cache cannot be compressed "
+                f"({error})"
+            ) from error
+        for i in spec.shape.compressible:
+            layer = self.context(i)
+            if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
+                raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")
+        self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}
+        full = self._logits([spec.full_plans])[0, example.predicting]
+        self.full_log_probs = full.log_softmax(-1)  # [Y, V], nats
+
+    def context(self, layer: int) -> ContextLayer:
+        found = self.layers[layer]
+        assert isinstance(found, ContextLayer)
+        return found
+
+    def _ranks(self, layer: int) -> Tensor:
+        """Place of every token in the scorer's order, from 0; -1 for tokens at 16 bits: int64 [H_kv, N]."""
+        scores = self.context(layer).scores
+        position = torch.arange(self.length, device=scores.device)
+        compressible = (position >= self.first) & (position < self.first + self.tokens)
+        return ranks(scores, compressible).where(compressible, -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the context."""
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers if layer.keys is not None)
+
+    def measure(self, tried: Sequence[PlansToTry]) -> tuple[Tensor, Tensor]:
+        """(KL(full || compressed) in bits per predicted token, accuracy), float64 [A] each, of the plans tried.
+
+        Accuracy is the share of known answers whose first token is the most likely one; NaN if none is known.
+        """
+        full = self.full_log_probs
+        probs = full.exp()
+        kl_bits, accuracy = [], []
+        for batch in self._batches(tried):
+            logits = self._logits(batch)
+            lost = full - logits[:, self.example.predicting].log_softmax(-1)  # [A, Y, V]
+            kl_bits.append(lost.mul_(probs).sum(-1).clamp(min=0).double().mean(-1) / math.log(2))
+            right = logits[:, self.example.asked].argmax(-1) == self.example.answers  # [A, answers]
+            accuracy.append(right.double().mean(-1))
+        return torch.cat(kl_bits), torch.cat(accuracy)
+
+    @torch.no_grad()
+    def _logits(self, tried: Sequence[PlansToTry]) -> Tensor:
+        """Logits fp32 [A, M, V] of the follow-up."""
+        cache = cache_argument(self.model, Cache(layers=self.followup_layers(tried)))
+        with borrowed(self.model):
+            return self.model(self.example.followup.expand(len(tried), -1), **cache).logits.float()
+
+    def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
+        largest = max(layer.kv_heads * layer.head_dim for layer in self.spec.shape.layers)
+        size = max(1, BATCH_ELEMENTS // (largest * (self.length + len(self.example.followup))))
+        return [tried[i : i + size] for i in range(0, len(tried), size)]
+
+    def followup_layers(self, tried: Sequence[PlansToTry], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:
+        """Cache layers for a follow-up under each of the plans tried, as one batch."""
+        layers: list[CacheLayerMixin] = []
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layers.append(_repeated(layer, len(tried)))
+            else:
+                parts = self._parts(i, [plans[i] for plans in tried])
+                layers.append(ReplayLayer(parts, self.length, None if probes is None else probes[i]))
+        return layers
+
+    def _parts(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> list[ContextPart]:
+        """One layer's context under each of the plans. What several plans give a head is compressed once."""
+        heads = len(self.ranks[layer])
+        pairs: dict[tuple[int, HeadPlan | None], list[int]] = {}
+        for a, row in enumerate(rows):
+            for h, plan in enumerate(row or (None,) * heads):
+                pairs.setdefault((h, plan), []).append(a * heads + h)
+        versions = sorted(pairs, key=lambda version: len(pairs[version]))
+        keys, values, kept = self._compressed(layer, versions)
+        parts, begin = [], 0
+        for _, alike in groupby(versions, key=lambda version: len(pairs[version])):
+            users = torch.tensor([pairs[version] for version in alike], device=keys.device)  # [W, n]
+            end = begin + len(users)
+            parts.append(ContextPart(keys[begin:end], values[begin:end], kept[begin:end], users))
+            begin = end
+        return parts
+
+    def _compressed(self, layer: int, versions: Sequence[tuple[int, HeadPlan | None]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values [V, N, D] and kept [V, N] of heads of one layer under their plans."""
+        context = self.context(layer)
+        keys, values = (self._of_heads(x, versions) for x in (context.keys, context.values))
+        head = torch.tensor([h for h, _ in versions], device=keys.device)
+        ranks = self.ranks[layer][head]  # [V, N]
+        key_runs, value_runs = _Runs(), _Runs()
+        kept_counts = [self.tokens] * len(versions)
+        for v, (_, plan) in enumerate(versions):
+            if plan is None:
+                continue
+            edges = plan.edges(self.tokens)
+            for tier, begin, end in zip(plan.tiers, edges, edges[1:]):
+                key_runs.add((plan.format, tier.key_bits), (v, begin, end))
+                value_runs.add((plan.format, tier.value_bits), (v, begin, end))
+            kept_counts[v] = edges[-1]
+        key_runs.write(context.keys, head, ranks, keys, "keys", self.dtype)
+        value_runs.write(context.values, head, ranks, values, "values", self.dtype)
+        return keys, values, ranks < torch.tensor(kept_counts, device=keys.device)[:, None]
+
+    def _of_heads(self, x: Tensor, versions: Sequence[tuple[int, HeadPlan | None]]) -> Tensor:
+        """x [H_kv, N, D] of each version's head: fp32 [V, N, D], as a cache stores it if the head has a plan."""
+        exact, stored = x.float(), x.to(self.dtype).float()
+        return torch.stack([exact[h] if plan is None else stored[h] for h, plan in versions])
+
+
+class _Runs:
+    """Runs of tokens to be compressed, those of one format and precision together: few large operations, not many small."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+
+    def add(self, stored: tuple[str, int], run: tuple[int, int, int]) -> None:
+        """A run (version, begin, end): the tokens that the version ranks from `begin` to before `end`."""
+        self.found.setdefault(stored, []).append(run)
+
+    def write(self, context: Tensor, head: Tensor, ranks: Tensor, out: Tensor, side: SideName, dtype: torch.dtype) -> None:
+        """Context [H_kv, N, D], after compression, into out [V, N, D], version v from head[v] with tokens ranked ranks[v]."""
+        for (fmt, bits), runs in self.found.items():
+            version, begin, end = torch.tensor(runs, device=out.device).T
+            ranked = ranks[version]  # [runs, N]
+            run, token = ((ranked >= begin[:, None]) & (ranked < end[:, None])).nonzero(as_tuple=True)  # in order of position
+            version = version[run]
+            out[version, token] = roundtrip(fmt, side, context[head[version], token], end - begin, bits, dtype)
+
+
+def _repeated(layer: DynamicSlidingWindowLayer, batch: int) -> DynamicSlidingWindowLayer:
+    """A copy of a sliding-window layer's state for a batch; its tensors are replaced, never written."""
+    repeated = copy.copy(layer)
+    repeated.keys, repeated.values = layer.keys.repeat(batch, 1, 1, 1), layer.values.repeat(batch, 1, 1, 1)
+    return repeated

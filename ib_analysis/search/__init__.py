@@ -1,0 +1,1 @@
+"""Which plan is best? From a model and a budget to an allocation."""

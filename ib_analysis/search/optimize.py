@@ -1,0 +1,254 @@
+"""From a model and a budget to an allocation: calibrate, choose, refine, and let held-out prompts decide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ib_analysis.cache.plan import Plans, PlansToTry, Recent
+from ib_analysis.cache.spec import ByteLimit, CacheSpec
+from ib_analysis.errors import CalibrationError, UnknownNameError
+from ib_analysis.files import check_writable
+from ib_analysis.model.fingerprint import model_fingerprint
+from ib_analysis.model.load import check_model
+from ib_analysis.model.shape import cache_shape
+from ib_analysis.policies import POLICIES
+from ib_analysis.replay.examples import PROMPT_LENGTH, Example, Prompts, check_lengths, examples_for, median_length
+from ib_analysis.replay.measurement import best_plan, sample_plans
+from ib_analysis.replay.replays import Replays
+from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
+from ib_analysis.search.allocation import Allocation
+from ib_analysis.search.budget import Budget
+from ib_analysis.search.calibration import calibrate, verify
+from ib_analysis.search.knapsack import Solution, curve
+from ib_analysis.search.objectives import OBJECTIVES, USABLE, objective_names, objective_tables
+from ib_analysis.search.profile import Profile
+from ib_analysis.search.refine import refine
+
+PROMPTS = 64  # for calibration; half as many more decide between allocations
+FEW_PROMPTS = 32
+REFINED_FROM_BITS = 0.05  # in-sample loss from which heads interact enough to be measured together
+
+
+@dataclass(eq=False)
+class Workbench:
+    """A calibrated model: what one calibration leaves for allocations at any budget."""
+
+    profile: Profile
+    calibration: Replays
+    validation: Replays
+    path: Path | None
+    tables: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # what options keep by an objective: [U, O] each
+
+    def losses(self, objective: str) -> NDArray[np.float64]:
+        """What every option of every head loses by an objective, in bits: [U, O]. Only the usable loss is measured lazily.
+
+        Raises CalibrationError if the objective says nothing about a head: too few tokens for an estimator.
+        """
+        if objective == USABLE:
+            return self.profile.loss_bits
+        if objective not in self.tables:
+            together = OBJECTIVES if objective in OBJECTIVES else (objective,)  # the streamed ones take one pass
+            self.tables |= objective_tables(self.calibration, self.profile.options, together, show="measuring information")
+        kept = self.tables[objective]
+        if not kept.any(1).all():  # every option would lose nothing, and the smallest be chosen
+            raise CalibrationError(
+                f"{objective} finds too few tokens in {len(self.calibration)} prompts: pass more, or longer ones"
+            )
+        return kept.max(1, keepdims=True) - kept
+
+    def solve(self, limit: ByteLimit, objective: str) -> Solution:
+        """The options of least loss by the objective, summed over heads."""
+        if objective != USABLE:
+            return self.profile.solve(limit, self.losses(objective))
+        verify(self.profile, self.calibration, [limit], self.path)
+        return self.profile.solve(limit, self.profile.measured_bits)
+
+
+def optimal_allocation(
+    model: PreTrainedModel,
+    budget: Budget | float,
+    *,
+    prompts: Prompts | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scorer: str | Scorer = "value_aware",
+    objective: str = USABLE,
+    question_aware: bool = True,
+    seed: int = 0,
+    profile_path: str | Path | None = None,
+) -> Allocation:
+    """The allocation of tokens and bits to layers and KV heads that retains most information within `budget`.
+
+    The model is left as it was.
+
+    Args:
+        model: a decoder with transformers' attention interface; measure in float32 if you can.
+        budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included. It holds from the
+            median length of the prompts on, or, if it is in bytes at a shorter context, from that.
+        prompts: texts, 1-D tensors of token ids, or `Prompt`s; a third of them decide, the others calibrate. By default
+            96 of the package's own.
+        tokenizer: for prompts that are text; by default the one saved with the model.
+        scorer: a name in SCORERS, or a scorer itself, as SnapKV(window=16); one that is in no registry cannot be saved.
+        objective: which information the heads retain most of: "usable", about the next tokens, or one that
+            `ib_analysis.search.objectives.objective_names()` lists, which tells of the cache itself. These are cheap, but they do
+            not know what the model does with a cache: `ib-analysis objectives` shows what that costs. No policy stands in for
+            them.
+        question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
+            if prompts, scorer, sinks and window (which the budget decides) are the same.
+
+    Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
+    """
+    check_model(model)
+    budget, scorer = Budget.of(budget), get_scorer(scorer)
+    check_name("objective", objective, objective_names())
+    shape = cache_shape(model.config)
+    # A number of tokens is a share of the prompts' length, which is not known yet; all else at 1 needs no prompts.
+    if budget.unit != "tokens" and budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
+        return full_allocation(model, scorer, objective)
+    examples = examples_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
+    share = budget.as_share(shape.bytes_per_token, median_length(examples))
+    if share == 1:
+        return full_allocation(model, scorer, objective)
+    bench = prepare(
+        model,
+        examples,
+        share,
+        context_length=budget.context_length,
+        scorer=scorer,
+        question_aware=question_aware,
+        seed=seed,
+        profile_path=profile_path,
+    )
+    return allocate(bench, share, objective)
+
+
+def full_allocation(model: PreTrainedModel, scorer: Scorer, objective: str = USABLE) -> Allocation:
+    """Nothing is compressed: the whole budget."""
+    spec = CacheSpec(cache_shape(model.config), Recent.within(1.0, PROMPT_LENGTH), scorer)
+    return Allocation(
+        model=model_fingerprint(model.config),
+        spec=spec,
+        plans=spec.full_plans,
+        context_length=PROMPT_LENGTH,
+        budget_share=1.0,
+        source="full cache",
+        loss_sum_bits=0.0,
+        in_sample_loss_bits=0.0,
+        solver_gap=0.0,
+        dual_bound=0.0,
+        validation=None,
+        objective=objective,
+    )
+
+
+def prepare(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    smallest_share: float,
+    *,
+    context_length: int | None = None,
+    scorer: str | Scorer = "value_aware",
+    question_aware: bool = True,
+    seed: int = 0,
+    profile_path: str | Path | None = None,
+) -> Workbench:
+    """Calibrates for budgets from `smallest_share` up. A third of the examples is kept for decisions.
+
+    Budgets hold from the median length of the prompts on, or from `context_length` if that is shorter.
+    """
+    deciding, calibrating = list(examples[2::3]), [example for i, example in enumerate(examples) if i % 3 != 2]
+    length = median_length(calibrating)
+    length = length if context_length is None else min(length, context_length)
+    spec = CacheSpec(cache_shape(model.config), Recent.within(smallest_share, length), get_scorer(scorer))
+    ByteLimit(spec, smallest_share, length).check()
+    check_lengths(examples, spec.recent)
+    if not deciding:
+        raise CalibrationError(f"{len(examples)} prompts cannot be split: pass 3 or more, 96 are a good number")
+    if len(calibrating) < FEW_PROMPTS:
+        warnings.warn(
+            f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
+            stacklevel=3,
+        )
+    path = None if profile_path is None else Path(profile_path)
+    if path is not None:
+        check_writable(path)
+        scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
+    calibration = Replays(model, spec, calibrating)
+    profile = calibrate(calibration, length, settings={"question_aware": question_aware}, seed=seed, path=path)
+    return Workbench(profile, calibration, Replays(model, spec, deciding), path)
+
+
+def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
+    """The best allocation for each share. Their options are measured together, which is faster than one after the other."""
+    verify(bench.profile, bench.calibration, [bench.profile.limit(share) for share in shares], bench.path)
+    return [allocate(bench, share) for share in shares]
+
+
+def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocation:
+    """The best allocation within `share` of the full 16-bit cache, from the context length of the profile on.
+
+    Raises BudgetError if nothing fits.
+    """
+    profile = bench.profile
+    whole = profile.limit(share)
+    solution, limit = profile.solve_at_all_lengths(whole, lambda lowered: bench.solve(lowered, objective))
+    candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
+    if objective == USABLE:
+        candidates += _alternatives(bench, whole, limit, solution)
+    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates])
+    best = int(sample.kl_bits.mean(0).argmin())
+    source, chosen = candidates[best]
+    in_sample = np.concatenate([bench.calibration.measure([chosen])[0][:, 0], sample.kl_bits[:, best]])
+    path = curve(list(bench.losses(objective)), list(profile.nbytes()))
+    recent_bytes = profile.spec.recent_bytes(profile.context_length)
+    full_bytes = profile.spec.shape.bytes_per_token * profile.context_length
+    return Allocation(
+        model=profile.model,
+        spec=profile.spec,
+        plans=chosen,
+        context_length=profile.context_length,
+        budget_share=share,
+        source=source,
+        objective=objective,
+        loss_sum_bits=solution.loss if best == 0 else loss_sum_bits(bench, chosen),
+        in_sample_loss_bits=float(in_sample.mean()),
+        solver_gap=solution.gap,
+        dual_bound=solution.dual_bound,
+        validation=sample.measurement(best),
+        budget_curve=tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
+    )
+
+
+def _alternatives(bench: Workbench, whole: ByteLimit, limit: ByteLimit, solution: Solution) -> list[tuple[str, Plans]]:
+    """What may be better than a solution: moves around it, where heads interact, and the best cell of all policies."""
+    profile, found = bench.profile, []
+    if solution.loss > REFINED_FROM_BITS:
+        refined = refine(profile, bench.calibration, limit, solution.choice)
+        found.append(("optimal, refined jointly", profile.plans(refined)))
+    cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
+    if cells:
+        best = cells[list(cells)[best_plan(bench.validation, list(cells), show="deciding")]]
+        found.append((f"{best.family}, {best.setting}", best.plans))
+    return found
+
+
+def loss_sum_bits(bench: Workbench, plans: Plans) -> float:
+    """Sum over heads of the measured loss of compressing that head alone, on the calibration prompts."""
+    tried: list[PlansToTry] = [
+        bench.profile.spec.single_head((layer, h), plan) for layer, row in enumerate(plans) for h, plan in enumerate(row or ())
+    ]
+    kl_bits, _ = bench.calibration.measure(tried)
+    return float(kl_bits.mean(0).sum())
+
+
+def check_name(what: str, name: str, names: Collection[str]) -> None:
+    """Raises UnknownNameError, which lists the names, for any other."""
+    if not isinstance(name, str) or name not in names:
+        raise UnknownNameError(f"there is no {what} {name!r}: use one of {', '.join(names)}")

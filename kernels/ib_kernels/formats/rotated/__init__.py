@@ -1,0 +1,7 @@
+"""Rotated keys and values, one scale a token: a Hadamard matrix makes channels alike and nearly Gaussian."""
+
+from ib_kernels.formats.format import Format, Kernels
+from ib_kernels.formats.rotated.reference import RotatedKeys, RotatedValues
+
+KERNELS = Kernels("ib_kernels.formats.rotated.kernels", grouped=False, rotates=True)
+ROTATED = Format("rotated", RotatedKeys(), RotatedValues(), KERNELS)

@@ -1,0 +1,46 @@
+"""The cache's shape from a config; what cannot be compressed is refused by name."""
+
+import pytest
+from transformers import AutoConfig, T5Config
+
+from ib_analysis.errors import UnsupportedModelError
+from ib_analysis.model.shape import CacheShape, LayerShape, cache_shape
+
+
+def test_grouped_heads_and_bytes():
+    config = AutoConfig.for_model("llama", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=16)
+    assert cache_shape(config) == CacheShape((LayerShape(2, 16),) * 3)
+    assert cache_shape(config).bytes_per_token == 3 * 2 * 2 * 16 * 2
+
+
+def test_sliding_layers_are_told_apart():
+    types = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=2, layer_types=types, sliding_window=8)
+    shape = cache_shape(config)
+    assert shape.compressible == [1]
+    assert shape.layers[0].sliding_window == 8
+    assert shape.bytes_per_token == shape.layers[1].bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("deepseek_v3", "layer 0 .*MLA"),
+        ("qwen3_next", "layer 0 .*linear_attention"),
+        ("minimax", "layer 1 .*linear_attention"),
+        ("mamba", "no decoder-only model"),
+        ("falcon_h1", "layer 0 .*hybrid"),
+        ("gemma4_text", "gemma4_text differ in head_dim"),
+        ("mimo_v2_flash", "keys of 192 and values of 128 channels"),
+    ],
+)
+def test_layers_that_cannot_be_compressed_are_named(name, said):
+    with pytest.raises(UnsupportedModelError, match=said):
+        cache_shape(AutoConfig.for_model(name))
+
+
+def test_only_sliding_layers_and_encoders_are_refused():
+    with pytest.raises(UnsupportedModelError, match="every layer"):
+        cache_shape(AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16))
+    with pytest.raises(UnsupportedModelError, match="decoder-only"):
+        cache_shape(T5Config())

@@ -1,0 +1,136 @@
+"""Prompts become examples: what is compressed, what follows, what is predicted."""
+
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ib_analysis.errors import CalibrationError
+from ib_analysis.replay.examples import make_examples
+from ib_analysis.tasks import TASKS, Prompt
+
+
+def test_question_is_prefilled_or_not(embedded):
+    model, tokenizer = embedded
+    prompt = TASKS["needles"](Random(3), 200)
+    context = tokenizer(prompt.context).input_ids
+    question = tokenizer(prompt.question, add_special_tokens=False).input_ids
+    aware, agnostic = (make_examples(model, tokenizer, [prompt], question_aware=flag)[0] for flag in (True, False))
+    assert aware.prefill.tolist() == context + question[:-1]
+    assert agnostic.prefill.tolist() == (context + question)[: len(context) - 1] or agnostic.prefill.tolist() == context
+    assert torch.equal(torch.cat([aware.prefill, aware.followup]), torch.cat([agnostic.prefill, agnostic.followup]))
+
+
+def test_answers_follow_the_positions_that_are_asked(embedded):
+    model, tokenizer = embedded
+    prompt = TASKS["needles"](Random(4), 200)
+    example = make_examples(model, tokenizer, [prompt])[0]
+    words = [tokenizer.decode([token]) for token in example.answers.tolist()]
+    assert words == [answer.rstrip("\n") for _, answer in prompt.turns]
+    asking = [tokenizer.decode([example.followup[position]]) for position in example.asked.tolist()]
+    assert asking == [f" {question.split()[-1]}" for question, _ in prompt.turns]
+
+
+def test_sampled_tokens_are_those_of_the_model(embedded):
+    """Over many draws, the next token is as frequent as the full model says."""
+    model, tokenizer = embedded
+    ids = torch.tensor(tokenizer("def open(self, path, mode='r', buffering=-1, encoding=None):").input_ids[:16])
+    with torch.no_grad():
+        expected = model(ids[None, :14]).logits[0, -1].softmax(-1)
+    examples = make_examples(model, None, [ids] * 400)
+    drawn = torch.tensor([int(torch.cat([example.prefill, example.followup])[14]) for example in examples])
+    frequency = torch.bincount(drawn, minlength=len(expected)) / len(drawn)
+    error = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((frequency - expected).abs() <= 5 * error + 0.01).all()
+    assert len(torch.unique(drawn)) > 1
+
+
+def test_same_seed_same_examples(embedded):
+    model, tokenizer = embedded
+    prompts = [TASKS["text"](Random(i), 128) for i in range(3)]
+    first, second, other = (make_examples(model, tokenizer, prompts, seed=seed) for seed in (5, 5, 6))
+    assert all(torch.equal(a.followup, b.followup) for a, b in zip(first, second))
+    assert any(not torch.equal(a.followup, b.followup) for a, b in zip(first, other))
+
+
+def test_texts_and_token_ids_are_split(embedded):
+    model, tokenizer = embedded
+    ids = torch.arange(3, 163)
+    example = make_examples(model, None, [ids])[0]
+    assert example.prefill.tolist() == ids[: 160 - 20 - 1].tolist()
+    assert len(example.predicting) == 20 and len(example.asked) == 0
+    assert make_examples(model, tokenizer, ["word " * 100])[0].task == "text"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "no prompts"),
+        ([torch.arange(5)], "prompt 0 has 5 tokens"),
+        ([torch.arange(30), torch.rand(30)], "prompt 1 is Tensor"),
+        ([torch.zeros(2, 30, dtype=torch.long)], "prompt 0 is Tensor"),
+        ([3], "prompt 0 is int"),
+        (["a text"], "prompt 0 has .* tokens"),
+        ([torch.arange(30), torch.full((30,), 99_999)], r"prompt 1 .*token 99999"),
+        ([torch.full((30,), -1)], r"prompt 0 .*token -1"),
+        ([torch.arange(30).numpy()], r"prompt 0 is ndarray.*torch\.Tensor"),
+    ],
+)
+def test_bad_prompts(embedded, prompts, said):
+    with pytest.raises(CalibrationError, match=said):
+        make_examples(embedded[0], None, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (Prompt("x", "a context", ()), "no turns"),
+        (Prompt("x", "a context", (("question", "answer"), ("question", ""))), "empty answer in turn 1"),
+        (Prompt("x", "", (("question", "answer"),)), "a context of 0 tokens"),
+    ],
+)
+def test_empty_parts(embedded, prompt, said):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match=rf"prompt 1 \(x\) has .*{said}"):
+        make_examples(model, tokenizer, ["word " * 20, prompt])
+
+
+def test_empty_text(embedded):
+    with pytest.raises(CalibrationError, match="prompt 0"):
+        make_examples(embedded[0], embedded[1], [""])
+
+
+def test_a_model_in_training_mode_is_refused(small_llama, small_prompts):
+    with pytest.raises(CalibrationError, match=r"call model\.eval\(\)"):
+        make_examples(small_llama.train(), None, small_prompts)
+
+
+def test_a_generator_of_prompts_is_refused(small_llama, small_prompts):
+    with pytest.raises(CalibrationError, match="generator, which can be read only once"):
+        make_examples(small_llama, None, (prompt for prompt in small_prompts))  # type: ignore[arg-type]
+
+
+def test_prompts_longer_than_the_positions_of_a_model(small_prompts):
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=120)
+    config.bos_token_id = config.eos_token_id = 0
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(CalibrationError, match="no position 120: pass shorter prompts"):
+        make_examples(model, None, small_prompts)
+
+
+def test_texts_for_a_model_without_tokenizer(small_llama):
+    with pytest.raises(CalibrationError, match="no tokenizer"):
+        make_examples(small_llama, None, ["The farmer sold the red apple to the old sailor. " * 9])
+
+
+def test_one_text_is_no_list_of_texts(embedded):
+    with pytest.raises(CalibrationError, match="a list of texts"):
+        make_examples(embedded[0], embedded[1], "The farmer sold the red apple to the old sailor. " * 9)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "7", True])
+def test_bad_seeds(embedded, seed):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match="whole number"):
+        make_examples(model, tokenizer, ["The farmer sold the red apple to the old sailor. " * 9], seed=seed)

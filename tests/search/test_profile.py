@@ -1,0 +1,224 @@
+"""The loss table: what is recorded, what is solved, and its file, in the first version, too."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ib_analysis import Profile
+from ib_analysis.cache.plan import HeadPlan, Recent, Tier
+from ib_analysis.cache.spec import ByteLimit, CacheSpec
+from ib_analysis.errors import BudgetError, CorruptFileError, ProfileMismatchError, UnknownNameError
+from ib_analysis.files import load_tensors, save_tensors
+from ib_analysis.model.shape import CacheShape, LayerShape, cache_shape
+from ib_analysis.replay.examples import make_examples
+from ib_analysis.replay.replays import Replays
+from ib_analysis.scorers import SCORERS
+from ib_analysis.scorers.snapkv import SnapKV
+from ib_analysis.search.calibration import calibrate
+from ib_analysis.search.candidates import dominates, head_options
+
+pytestmark = pytest.mark.slow
+
+SPEC = CacheSpec(CacheShape((LayerShape(2, 8), LayerShape(2, 8, sliding_window=16))), Recent(1, 5, 1), SCORERS["value_aware"])
+OPTIONS = (
+    HeadPlan("kivi"),
+    HeadPlan("kivi", (Tier(0.5, 2, 2),)),
+    HeadPlan("kivi", (Tier(0.5, 4, 4),)),
+    HeadPlan("kivi", (Tier(1.0, 4, 4),)),
+)
+
+
+def small_profile(spec=SPEC):
+    loss_bits = np.array([[4.0, 3.0, 2.0, 1.0], [8.0, 4.0, 2.0, 0.5]])
+    measured = np.zeros((2, 4), dtype=bool)
+    return Profile("model", spec, 100, 6, {"seed": 0}, OPTIONS, loss_bits, measured, gradient_prompts=6)
+
+
+def same(a, b):
+    """Whether two profiles agree in every field."""
+    return all(np.array_equal(value, vars(b)[name]) for name, value in vars(a).items())
+
+
+def rewritten(path, **changes):
+    """The file with another header."""
+    tensors, header = load_tensors(path)
+    save_tensors(path, tensors, {**header, **changes})
+
+
+def as_version_1(path):
+    """The file as version 1 wrote it: other names, a standard error, and not one for what it measured."""
+    tensors, header = load_tensors(path)
+    tiers = [[{"share": tier.pop("token_share"), **tier} for tier in option["tiers"]] for option in header["options"]]
+    header["options"] = [{**option, "tiers": renamed} for option, renamed in zip(header["options"], tiers)]
+    header |= {"version": 1, "pinned": header.pop("recent"), "priced": header.pop("gradient_prompts")}
+    save_tensors(path, {**tensors, "error_bits": torch.zeros_like(tensors["loss_bits"])}, header)
+
+
+def test_bytes_are_those_of_each_option():
+    nbytes = small_profile().nbytes()
+    assert nbytes.shape == (2, 4)  # the layer with a sliding window has no rows
+    assert nbytes[0].tolist() == [option.nbytes(94, 8) for option in OPTIONS] == nbytes[1].tolist()
+    assert nbytes[0, 0] == 0 and (np.diff(nbytes[0]) > 0).all()
+
+
+def test_a_measured_loss_lifts_those_of_options_that_keep_less():
+    profile = small_profile()
+    profile.record(0, 2, 3.5)
+    assert profile.loss_bits[0].tolist() == [4.0, 3.5, 3.5, 1.0]
+    assert profile.measured.tolist() == [[False, False, True, False], [False] * 4]
+    assert profile.measured_bits.tolist() == [[np.inf, np.inf, 3.5, np.inf], [np.inf] * 4]
+    profile.record(0, 1, 3.25)  # what is measured is as it was measured
+    profile.record(0, 3, 3.75)
+    assert profile.loss_bits[0].tolist() == [4.0, 3.25, 3.5, 3.75]
+    assert profile.loss_bits[1].tolist() == [8.0, 4.0, 2.0, 0.5]
+    assert profile.unmeasured_below(0, 3).tolist() == [True, False, False, False]
+
+
+def test_plans_of_a_choice():
+    assert small_profile().plans(np.array([1, 3])) == ((OPTIONS[1], OPTIONS[3]), None)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.5])
+def test_the_choice_of_least_loss_within_the_limit(share):
+    profile = small_profile()
+    limit, nbytes = profile.limit(share), profile.nbytes()
+    solution = profile.solve(limit)
+    within = [(a, b) for a in range(4) for b in range(4) if nbytes[0, a] + nbytes[1, b] <= limit.spare]
+    assert solution.loss == min(profile.loss_bits[0, a] + profile.loss_bits[1, b] for a, b in within)
+    assert solution.cost == nbytes[[0, 1], solution.choice].sum() <= limit.spare
+    other = profile.solve(limit, -profile.loss_bits)
+    assert other.loss == min(-profile.loss_bits[0, a] - profile.loss_bits[1, b] for a, b in within)
+
+
+def test_a_limit_below_sinks_and_window_is_refused():
+    with pytest.raises(BudgetError, match="sinks and window take"):
+        small_profile().limit(1 / 100)
+
+
+def test_the_choice_stays_within_the_share_at_all_lengths():
+    """Also where that of the context length alone would not."""
+    lowered = 0
+    for share in np.linspace(0.16, 0.6, 40):
+        profile = small_profile(replace(SPEC, recent=Recent(1, 8, 8)))  # 8 tokens leave the window at once
+        whole = profile.limit(float(share))
+        solution, limit = profile.solve_at_all_lengths(whole, profile.solve)
+        assert whole.excess(profile.plans(solution.choice)) == 0
+        assert limit.nbytes <= whole.nbytes and (solution.choice == profile.solve(limit).choice).all()
+        lowered += limit != whole
+        assert (limit == whole) == (whole.excess(profile.plans(profile.solve(whole).choice)) == 0)
+    assert lowered > 0
+
+
+def test_nothing_but_sinks_and_window_ends_the_search():
+    """All options of all heads: those that keep no token yet at this length would keep one at the next."""
+    shape, options = CacheShape((LayerShape(8, 8),) * 2), tuple(head_options())
+    losses = np.array([[2 - option.kept_share for option in options]] * 16)
+    spec = CacheSpec(shape, Recent(1, 1, 1), SCORERS["value_aware"])
+    profile = Profile("model", spec, 59, 6, {}, options, losses, np.ones(losses.shape, dtype=bool))
+    limit = ByteLimit(spec, 2 / 59, 59)
+    assert limit.spare == 0 and profile.limit(2 / 59) == limit
+    solution, _ = profile.solve_at_all_lengths(limit, profile.solve)
+    assert profile.plans(solution.choice) == spec.null_plans
+
+
+def test_round_trip(bench, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    bench.profile.save(path)
+    found = Profile.load(path)
+    assert (found.loss_bits == bench.profile.loss_bits).all() and (found.measured == bench.profile.measured).all()
+    assert found.options == bench.profile.options and found.spec == bench.profile.spec
+    assert same(found, bench.profile)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptFileError, match=r"profile\.safetensors"):
+        Profile.load(path)
+
+
+def test_a_scorer_is_saved_with_its_parameters_or_refused(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    small_profile(replace(SPEC, scorer=SnapKV(window=16))).save(path)
+    assert Profile.load(path).spec.scorer == SnapKV(window=16)
+    before = path.read_bytes()
+
+    def mine(module, query, keys, values, valid, scaling):
+        return keys.square().sum(-1)
+
+    with pytest.raises(UnknownNameError, match=r"mine .*has no name to be saved under"):
+        small_profile(replace(SPEC, scorer=mine)).save(path)
+    assert path.read_bytes() == before
+
+
+def test_version_1(profile_v1):
+    """Made by the version before, of `small_llama`; expected is what that version read from it."""
+    assert profile_v1.spec == CacheSpec(CacheShape((LayerShape(2, 8),) * 2), Recent(1, 5, 1), SCORERS["value_aware"])
+    assert profile_v1.options == tuple(head_options())
+    assert (profile_v1.context_length, profile_v1.prompts, profile_v1.gradient_prompts) == (111, 4, 4)
+    assert profile_v1.loss_bits.shape == profile_v1.measured.shape == (4, len(profile_v1.options))
+    assert int(profile_v1.measured.sum()) == 43
+    assert hashlib.sha256(profile_v1.loss_bits.tobytes()).hexdigest()[:16] == "b8dfe92844145a14"
+    solution = profile_v1.solve(profile_v1.limit(1 / 4), profile_v1.measured_bits)
+    assert solution.choice.tolist() == [98, 99, 321, 204]
+    assert (solution.loss, solution.cost, solution.dual_bound) == (2.0897368102877456, 2762, 2.0895926730808405)
+
+
+def test_version_1_is_written_as_version_2(profile_v1, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    profile_v1.save(path)
+    assert same(Profile.load(path), profile_v1)
+    assert load_tensors(path)[1]["version"] == 2
+    as_version_1(path)
+    assert same(Profile.load(path), profile_v1)
+
+
+def test_version_1_has_what_our_rewriting_gives_it(profile_v1, profile_v1_path, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    profile_v1.save(path)
+    as_version_1(path)
+    (written, header), (expected, expected_header) = load_tensors(path), load_tensors(profile_v1_path)
+    assert header == expected_header
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in ("loss_bits", "measured"))
+
+
+def test_version_1_is_used_again(small_llama, small_prompts, tmp_path, monkeypatch):
+    """No gradient is computed again, and what was measured stays so."""
+    path = tmp_path / "profile.safetensors"
+    spec = CacheSpec(cache_shape(small_llama.config), Recent(1, 5, 1), SCORERS["value_aware"])
+    replays = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts[:2]))
+    first = calibrate(replays, 111, settings={"question_aware": True}, path=path)
+    first.record(1, 40, 0.25)
+    first.save(path)
+    as_version_1(path)
+
+    def work(*arguments):
+        raise AssertionError("the gradient was asked again")
+
+    monkeypatch.setattr("ib_analysis.search.calibration.gradient_losses", work)
+    assert same(calibrate(replays, 111, settings={"question_aware": True}, path=path), first)
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None])
+def test_another_version_is_refused_by_name(version, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    small_profile().save(path)
+    rewritten(path, version=version)
+    with pytest.raises(ProfileMismatchError, match=rf"profile\.safetensors has format version {version}, not 2: calibrate again"):
+        Profile.load(path)
+
+
+def test_what_dominates_loses_no_more_after_records():
+    """Whatever is measured, in any order, no unmeasured option that keeps less is said to lose less."""
+    rng = np.random.default_rng(0)
+    options = tuple(head_options())[::9]
+    for _ in range(10):
+        losses = rng.random((2, len(options)))
+        profile = Profile("model", SPEC, 100, 6, {}, options, losses, np.zeros(losses.shape, dtype=bool))
+        for option in rng.permutation(len(options))[:8]:
+            profile.record(0, int(option), float(rng.random()))
+        measured = np.flatnonzero(profile.measured[0])
+        for option in np.flatnonzero(~profile.measured[0]):
+            above = [profile.loss_bits[0, m] for m in measured if dominates(options[m], options[option])]
+            assert all(profile.loss_bits[0, option] >= loss for loss in above)
