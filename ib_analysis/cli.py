@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ib_analysis.errors import EstimatorError, IBAnalysisError
+from ib_analysis.errors import CalibrationError, EstimatorError, IBAnalysisError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MIN_DEMO_PROMPTS = 8  # so that three calibrate, of which one decides
 
 # What takes seconds to import, PyTorch and transformers, is imported by the commands: --help answers at once.
 
@@ -100,8 +102,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from ib_analysis.files import make_folder
     from ib_analysis.tasks.mixture import MIXTURE
 
-    make_folder(arguments.out)
     held_out = HELD_OUT if arguments.prompts is None else arguments.prompts
+    if held_out < MIN_DEMO_PROMPTS:
+        raise CalibrationError(f"--prompts {held_out} are too few, as three eighths calibrate: pass {MIN_DEMO_PROMPTS} or more")
+    make_folder(arguments.out)
     run(
         arguments.out,
         not arguments.question_agnostic,

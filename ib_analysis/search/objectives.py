@@ -6,15 +6,18 @@ what is kept; only measured KL knows what the model does with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
+from ib_kernels import RAW_BITS
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ib_analysis.cache.plan import Head, HeadPlan
-from ib_analysis.codes.gathered import SIDES, Gathered, gather, sides_of
+from ib_analysis.codes.gathered import SIDES, Gathered, TierSide, gather, sides_of
 from ib_analysis.codes.rates import CodeRates, context_lengths, metadata_bits
+from ib_analysis.errors import CalibrationError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.replay.replays import Replays
 
@@ -36,7 +39,9 @@ def objective_tables(
 
     "code_rate" and "tight_code_rate" are those of `rates.Rate`, mask and metadata included; "dithered" the Gaussian value of
     the dithered channel and "gaussian" I_G; other names are estimators, which see a sample of a head's tokens. But for the
-    first none is above H(T). See `information`. A measure that too few tokens leave undefined is 0.
+    first none is above H(T). See `information`. A measure that too few tokens leave undefined is 0. Of tokens at 16 bits an
+    estimator that declines, because it is given copies, leaves the code rate.
+    Raises CalibrationError if an estimator declines for all precisions of a head.
     """
     shape = replays.spec.shape
     turns = _turns(shape.heads, shape.layers[shape.compressible[0]].head_dim, options)
@@ -59,7 +64,8 @@ def _rows(
     samples = 0 if set(names) <= set(OBJECTIVES) else SAMPLES
     gathered = gather(replays, sides, groups=1, show=show, samples=samples)
     rates = CodeRates(replays.spec, context_lengths(replays), sides, gathered)
-    token_bits = {side: _token_bits(found, names) for side, found in gathered.items()}
+    token_bits = {side: _token_bits(side, found, names) for side, found in gathered.items()}
+    _check_estimates(token_bits, names)
     dim, context_tokens = replays.spec.shape.layers[heads[0][0]].head_dim, rates.lengths.sum()
     tables = {name: np.zeros((len(heads), len(options))) for name in names}
     for (o, option), side in product(enumerate(options), SIDES):
@@ -75,7 +81,15 @@ def _rows(
     return tables
 
 
-def _token_bits(found: Gathered, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def _check_estimates(token_bits: Mapping[TierSide, Mapping[str, NDArray[np.float64]]], names: Sequence[str]) -> None:
+    """Where an estimator says nothing, all precisions would seem alike, and everything be evicted."""
+    packed = [bits for side, bits in token_bits.items() if side.bits < RAW_BITS]
+    for name in {*names} - {*OBJECTIVES}:
+        if packed and not np.any([bits[name] for bits in packed], axis=0).all():
+            raise CalibrationError(f"the estimator {name} declines, so it is no objective: pass more prompts, or longer ones")
+
+
+def _token_bits(side: TierSide, found: Gathered, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Each measure [U] of one kept token, and always the code rate, which limits the others."""
     entropy = found.code_entropy_bits()
     measures = {
@@ -85,5 +99,11 @@ def _token_bits(found: Gathered, names: Sequence[str]) -> dict[str, NDArray[np.f
     }
     bits = {"code_rate": entropy}
     for name in {*names} - {"code_rate"}:
-        bits[name] = measures[name]() if name in measures else found.estimated_bits(ESTIMATORS[name]).nan_to_num(0)
+        bits[name] = measures[name]() if name in measures else _estimated_bits(side, found, name, entropy)
     return {name: values.cpu().numpy() for name, values in bits.items()}
+
+
+def _estimated_bits(side: TierSide, found: Gathered, name: str, entropy: Tensor) -> Tensor:
+    """What an estimator says [U]. It declines copies, whose information has no limit but the entropy of their codes [U]."""
+    bits = found.estimated_bits(ESTIMATORS[name])
+    return bits.where(~bits.isnan(), entropy if side.bits == RAW_BITS else 0.0)

@@ -47,20 +47,13 @@ class Workbench:
     tables: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # what options keep by an objective: [U, O] each
 
     def losses(self, objective: str) -> NDArray[np.float64]:
-        """What every option of every head loses by an objective, in bits: [U, O]. Only the usable loss is measured lazily.
-
-        Raises CalibrationError if the objective says nothing about a head: too few tokens for an estimator.
-        """
+        """What every option of every head loses by an objective, in bits: [U, O]. Only the usable loss is measured lazily."""
         if objective == USABLE:
             return self.profile.loss_bits
         if objective not in self.tables:
             together = OBJECTIVES if objective in OBJECTIVES else (objective,)  # the streamed ones take one pass
             self.tables |= objective_tables(self.calibration, self.profile.options, together, show="measuring information")
         kept = self.tables[objective]
-        if not kept.any(1).all():  # every option would lose nothing, and the smallest be chosen
-            raise CalibrationError(
-                f"{objective} finds too few tokens in {len(self.calibration)} prompts: pass more, or longer ones"
-            )
         return kept.max(1, keepdims=True) - kept
 
     def solve(self, limit: ByteLimit, objective: str) -> Solution:

@@ -1,20 +1,24 @@
 """Optima against golden numbers, and against each other where their sources meet."""
 
+import re
 from math import e, log, log2, pi
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ib_kernels.formats.rotated.reference import GAUSSIAN_STEP
 
 from ib_analysis.errors import EstimatorError
+from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS
 from ib_analysis.estimators.optima import (
     canonical_correlations,
     gaussian_bottleneck,
     reverse_water_filling,
     shannon_lower_bound,
 )
-from ib_analysis.estimators.quantizers import lloyd_max, optimal_uniform
+from ib_analysis.estimators.quantizers import dithered_bits, lloyd_max, optimal_uniform
 
 CORRELATIONS = (0.9, 0.8, 0.5, 0.2)
 
@@ -128,3 +132,41 @@ def test_shannon_bound_is_met_by_gaussians_and_crossed_by_none():
 def test_what_has_no_optimum_is_refused(call):
     with pytest.raises(EstimatorError):
         call()
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "optima.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_page_is_what_the_functions_say():
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| (Lloyd-Max|optimal uniform) \|", line)]
+    expected = []
+    for name, quantizer in (("Lloyd-Max", lloyd_max), ("optimal uniform", optimal_uniform)):
+        for bits in (2, 3, 4):
+            error, entropy = quantizer(bits).distortion, quantizer(bits).entropy_bits
+            least, _ = reverse_water_filling([1.0], error)
+            assert shannon_lower_bound(log2(2 * pi * e) / 2, error) == pytest.approx(least)
+            expected.append(f"| {name} | {bits} | {error:.5f} | {entropy:.3f} | {least:.3f} |")
+    assert lines == expected
+
+
+def test_the_dither_of_the_page_is_what_the_function_says():
+    prose = " ".join(PAGE.split())
+    said = re.search(r"Of width 2, 1, 0.5 and 0.25 deviations it carries ([\d., and]+) bits", prose)
+    assert said is not None
+    assert re.findall(r"\d\.\d+", said[1]) == [f"{dithered_bits(step):.4f}" for step in (2, 1, 0.5, 0.25)]
+    assert f"at most {SPACE_FILLING_BITS:.4f} more than Gaussian noise" in prose
+
+
+def test_the_bottleneck_of_the_page_is_what_the_function_says():
+    lines = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, flags=re.MULTILINE)
+    found = []
+    for beta in (4 / 3, 2, 4, 16):
+        rate, kept = gaussian_bottleneck([0.9], beta)
+        found.append((f"{beta:.3g}", f"{rate:.3f}", f"{kept:.3f}"))
+    assert lines == found
+    assert f"share {-log2(1 - 0.9**2) / 2:.3f} bits" in " ".join(PAGE.split())
+
+
+@pytest.mark.parametrize(("bits", "step"), list(GAUSSIAN_STEP.items()))
+def test_rotated_has_the_step_of_the_optimal_uniform_quantizer(bits, step):
+    assert np.diff(optimal_uniform(bits).levels) == pytest.approx(step, rel=2e-6)

@@ -74,7 +74,8 @@ def test_the_report_is_true(out, embedded):
     assert float(found[5].split()[0]) == pytest.approx(losses[0], abs=6e-5)
     assert float(found[6].split()[0]) == pytest.approx(losses[0] / losses[1:].min(), abs=6e-3)
     assert allocation.validation is not None and allocation.validation.prompts == HELD_OUT
-    uniform = rows(out)[SHOWN_SHARE, "uniform"]
+    uniform, best = rows(out)[SHOWN_SHARE, "uniform"], cells[losses[1:].argmin()]
+    assert uniform[3] == f"{allocation.spec.nbytes(best, allocation.context_length):,}"
     assert float(uniform[5].split()[0]) == pytest.approx(losses[1:].min(), abs=6e-5)
     assert uniform[6].startswith("1.00 [1.00, 1.00]")
 

@@ -6,18 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ib_kernels import roundtrip
+from ib_kernels import RUN_BYTES, get_format, roundtrip, side_nbytes
 
 import ib_analysis as ib
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.plan import HeadPlan, Tier
 from ib_analysis.codes.gathered import Gathered, TierSide, coded, gather, sides_of
-from ib_analysis.errors import ProfileMismatchError
-from ib_analysis.estimators import CodeEntropy, DitheredChannel, Gaussian
+from ib_analysis.errors import EstimatorError, ProfileMismatchError, UnknownNameError
+from ib_analysis.estimators import ESTIMATORS, CodeEntropy, DitheredChannel, Gaussian
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW
 from ib_analysis.estimators.gaussian import total_correlation_or_nan_bits
 from ib_analysis.estimators.moments import Moments
-from ib_analysis.experiments.heads import ALL_RECENT, NOTHING_KEPT, RAW_FLOATS
+from ib_analysis.experiments.heads import ALL_RECENT, NOTHING_KEPT, RAW_FLOATS, SAMPLES
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.measurement import measure_plans
 from ib_analysis.replay.replays import Replays
@@ -32,6 +32,7 @@ TWO_TIERS = HeadPlan("kivi", (Tier(1 / 2, 4, 3), Tier(3 / 8, 2, 2)))
 ROTATED = HeadPlan("rotated", (Tier(3 / 4, 4, 2),))
 EVICTED = HeadPlan("kivi")
 RAW_HALF = HeadPlan("kivi", (Tier(1 / 2, 16, 16),))
+ASKED = ("ksg", "copula_gaussian")
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,65 @@ def test_another_model_is_refused(embedded, mixed):
     model, tokenizer = embedded
     with pytest.raises(ProfileMismatchError, match="another model"):
         ib.information(model, replace(mixed, model="0" * 16), PROMPTS, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def estimated(embedded, mixed):
+    model, tokenizer = embedded
+    return ib.information(model, mixed, PROMPTS, tokenizer=tokenizer, estimators=ASKED)
+
+
+def by_hand(replays, name, plan, layer, head, side):
+    """An estimator on each tier's tokens, taken of each prompt at equal distances; in bits per context token."""
+    total, each = 0.0, -(-SAMPLES // len(replays))
+    for tier, sides in enumerate(sides_of(plan)):
+        x, codes, decoded = samples(replays, plan, tier, layer, head, side)
+        counts = [plan.counts(replay.tokens)[tier] for replay in replays]
+        inside = [torch.linspace(0, count - 1, min(count, each)).round().long() for count in counts]
+        chosen = torch.cat([start + tokens for start, tokens in zip(np.cumsum([0, *counts]), inside)])
+        documents = np.repeat(np.arange(len(counts)), [len(tokens) for tokens in inside])
+        try:
+            bits = float(ESTIMATORS[name].estimate(x[chosen].float(), decoded[chosen], documents).bits)
+        except EstimatorError:
+            return np.nan
+        total += len(x) * min(bits, held_bits(codes, counts, sides[side]))
+    return total / sum(replay.length for replay in replays)
+
+
+def held_bits(codes, counts, tier_side):
+    """What the codes of one token hold with its metadata."""
+    quantizer = getattr(get_format(tier_side.format), tier_side.side)
+    nbytes = sum(int(side_nbytes(quantizer, count, codes.shape[1], tier_side.bits)) for count in counts)
+    nbytes += RUN_BYTES * len(counts) * (tier_side.side == "keys")
+    return float(CodeEntropy().estimate(codes.float(), codes).bits) + 8 * nbytes / len(codes) - tier_side.bits * codes.shape[1]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_estimators_add_what_they_say_by_hand(replays, estimated, name):
+    numbers = []
+    for plan, layer, head in ((TWO_TIERS, 3, 1), (ROTATED, 0, 1)):
+        for side in ("keys", "values"):
+            numbers.append(by_hand(replays, name, plan, layer, head, side))
+            found = row(estimated, layer, head, side)[f"{name}_bits"]
+            assert found == pytest.approx(numbers[-1], rel=1e-4, nan_ok=True)
+    assert np.isfinite(numbers).any() and np.nanmin(numbers) > 0
+
+
+def test_estimators_say_no_more_than_the_codes_hold(table, estimated):
+    added = [f"{name}_bits" for name in ASKED]
+    pd.testing.assert_frame_equal(estimated.drop(columns=added), table)
+    sides = estimated[estimated.side.isin(["keys", "values"])]
+    for name in added:
+        assert (sides[name].isna() | (sides[name] <= sides.code_rate_bits + 1e-9)).all()
+        assert sides[name].notna().mean() > 0.5
+        heads = estimated.loc[estimated.side == "both", name]
+        assert estimated[name].iloc[-1] == pytest.approx(heads.sum(skipna=False), nan_ok=True)
+
+
+def test_an_unknown_estimator_lists_the_known_ones(embedded, mixed):
+    model, tokenizer = embedded
+    with pytest.raises(UnknownNameError, match=f"no estimator 'nope': use one of {', '.join(ESTIMATORS)}"):
+        ib.information(model, mixed, PROMPTS[:1], tokenizer=tokenizer, estimators=("ksg", "nope"))
 
 
 def test_table_survives_csv(table, tmp_path):

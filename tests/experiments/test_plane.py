@@ -84,12 +84,11 @@ def test_laws(points):
 def test_random_eviction_is_the_straight_line(points):
     """A coin's rate and information are means of those of the two ends."""
     (null_rate, nothing), (full_rate, everything) = time_sharing(points, "stored_bits")
+    ordered = points.sort_values("stored_bits")
     for p in (0.0, 0.3, 1.0):
         rate = p * full_rate + (1 - p) * null_rate
         expected = p * everything + (1 - p) * nothing
-        assert np.interp(
-            rate, points.sort_values("stored_bits").stored_bits, points.sort_values("stored_bits").time_sharing_bits
-        ) == (pytest.approx(expected, abs=1e-6))
+        assert np.interp(rate, ordered.stored_bits, ordered.time_sharing_bits) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_whole_plane_from_few_prompts(embedded, tmp_path):

@@ -1,6 +1,8 @@
 """What the heatmaps show is what the heads were given."""
 
 import math
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -35,3 +37,33 @@ def test_three_panels_with_every_head():
     cells = figure.axes[0].collections[0].get_array()
     assert cells is not None
     assert cells.reshape(2, 2).tolist() == [[1.0, 0.0], [0.5, 1.0]]
+
+
+def test_saved_twice_the_same_bytes_and_the_table_of_heads(tmp_path):
+    contents = []
+    for _ in range(2):
+        draw_heads(TIERS, tmp_path / "heads")
+        contents.append([(tmp_path / f"heads.{kind}").read_bytes() for kind in ("pdf", "png", "csv")])
+    assert contents[0] == contents[1]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "heads.csv"), head_table(TIERS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "heads"), [(30, 8), (126, 8)])  # of a 405B model
+def test_memory_stays_small(layers, heads, tmp_path):
+    """Tick labels once had a canvas each: of 300 dots per inch, they took gigabytes."""
+    program = f"""
+import resource
+import pandas as pd
+from ib_analysis.figures.heads import draw_heads
+rows = [(i, h, 0, "kivi", 0.5, 4, 4, 100) for i in range({layers}) for h in range({heads})]
+tiers = pd.DataFrame(rows, columns={list(TIERS.columns)})
+draw_heads(tiers[:1], {str(tmp_path / "first")!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+draw_heads(tiers, {str(tmp_path / "heads")!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300  # MiB
+    assert len(pd.read_csv(tmp_path / "heads.csv")) == layers * heads

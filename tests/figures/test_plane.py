@@ -51,6 +51,27 @@ def test_best_cells_are_joined_on_both_panels():
         assert -1 < axes.get_ylim()[0] < 0  # the cell at -9 is left to the table
 
 
+def test_a_policy_that_nobody_knew_is_drawn():
+    pyramid = POINTS[POINTS.best & (POINTS.family == "quantized pruning")].assign(family="pyramid", retained_bits=1.6)
+    figure = draw_plane(pd.concat([POINTS, pyramid]))
+    for axes, rate in zip(figure.axes, (4000.0, 2400.0)):
+        lines = {str(found.get_label()): found.lines[0] for found in axes.containers if isinstance(found, ErrorbarContainer)}
+        assert set(lines) == {"optimal", "quantized pruning", "pyramid"}
+        assert np.asarray(lines["pyramid"].get_xydata()).tolist() == [[rate, 1.6]]
+        assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
+    assert "pyramid" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_saved_twice_the_same_bytes_and_the_tables(tmp_path):
+    for name, draw, table in (("plane", draw_plane, POINTS), ("local", draw_local_plane, LOCAL)):
+        contents = []
+        for _ in range(2):
+            draw(table, tmp_path / name)
+            contents.append([(tmp_path / f"{name}.{kind}").read_bytes() for kind in ("pdf", "png", "csv")])
+        assert contents[0] == contents[1]
+        assert pd.read_csv(tmp_path / f"{name}.csv").to_csv() == table.to_csv()
+
+
 def test_time_sharing_joins_null_and_full():
     labelled = {str(line.get_label()): line for line in draw_plane(POINTS).axes[0].lines}
     line = np.asarray(labelled["random eviction (time sharing)"].get_xydata())

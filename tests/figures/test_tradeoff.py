@@ -27,6 +27,18 @@ def test_every_row_is_a_point():
     assert "quantize-only" not in lines
 
 
+def test_a_policy_that_nobody_knew_is_drawn_and_looks_like_no_other():
+    table = pd.concat([TABLE, TABLE[TABLE.policy == "uniform"].assign(policy="pyramid", retained_bits=1.6)])
+    axes = draw_tradeoff(table).axes[0]
+    found = {str(some.get_label()): some.lines[0] for some in axes.containers if isinstance(some, ErrorbarContainer)}
+    assert set(found) == {"optimal", "uniform", "prune-only", "pyramid"}
+    assert np.asarray(found["pyramid"].get_xydata()).tolist() == [[512.0, 1.6]]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in found.values()}
+    assert len(looks) == 4
+    legend = axes.get_legend()
+    assert legend is not None and "pyramid" in [text.get_text() for text in legend.get_texts()]
+
+
 def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
     contents = []
     for _ in range(2):

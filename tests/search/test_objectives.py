@@ -7,6 +7,7 @@ import pytest
 
 import ib_analysis as ib
 from ib_analysis.cache.plan import HeadPlan, Tier
+from ib_analysis.errors import CalibrationError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replays import Replays
@@ -106,9 +107,19 @@ def test_an_estimator_s_table(small_llama, small_prompts):
     assert table.shape == (4, len(FEW)) and np.isfinite(table).all()
     assert (table[:, 0] == 0).all() and (table[:, 1:] > 0).all()
     assert (table[:, 2] > table[:, 1]).all()
+    assert (table[:, 4] == table.max(1)).all()
     assert (table <= streamed["code_rate"] + 1e-6).all()
 
 
-def test_an_estimator_that_declines_says_nothing(replays):
-    """6 prompts are far too few for 64 channels."""
-    assert (objective_tables(replays, FEW, ("copula_gaussian",))["copula_gaussian"] == 0).all()
+def test_an_estimator_declines_copies_which_keep_what_their_codes_hold(small_llama, small_prompts):
+    spec = full_allocation(small_llama, SCORERS["value_aware"]).spec
+    few = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts))
+    found = objective_tables(few, FEW[-1:], ("copula_gaussian", "code_rate"))
+    assert found["copula_gaussian"] == pytest.approx(found["code_rate"], rel=0.01)  # but for the mask
+    assert (found["copula_gaussian"] > 100).all() and (found["copula_gaussian"] <= found["code_rate"]).all()
+
+
+def test_an_estimator_that_declines_is_no_objective(replays):
+    """6 prompts are far too few for 64 channels; else all options would seem alike, and everything be evicted."""
+    with pytest.raises(CalibrationError, match=r"estimator copula_gaussian declines.*: pass more prompts"):
+        objective_tables(replays, FEW, ("copula_gaussian",))
