@@ -34,6 +34,7 @@ demo: setup
 
 # Waiting threads sleep: spinning ones, the default, are twice as fast alone but crawl when cores are shared.
 check test test-interpreted: export OMP_WAIT_POLICY ?= PASSIVE
+check: export OMP_NUM_THREADS ?= 1
 
 # What a person runs before a commit: lint, types and every test that takes no more than a few seconds.
 check: lint

@@ -1,15 +1,11 @@
-"""What many tests share: the embedded model, and one small calibration of it."""
+"""What many tests share: the embedded model, and one small calibration of it.
+
+Large modules are imported where they are used: the process that hands tests to others loads this file, and needs none of them.
+"""
 
 import warnings
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-import ib_analysis as ib
-from ib_analysis.replay.examples import make_examples
-from ib_analysis.search.optimize import prepare
-from ib_analysis.tasks.mixture import mixture
 
 LENGTH = 256
 SMALLEST_SHARE = 1 / 16
@@ -18,12 +14,18 @@ SMALLEST_SHARE = 1 / 16
 @pytest.fixture(scope="session")
 def embedded():
     """(model, tokenizer); no test may change them."""
+    import ib_analysis as ib
+
     return ib.load()
 
 
 @pytest.fixture(scope="session")
 def bench(embedded, tmp_path_factory):
     """A calibration with 24 prompts of 256 tokens, for budgets from 1/16 up, saved as it grew."""
+    from ib_analysis.replay.examples import make_examples
+    from ib_analysis.search.optimize import prepare
+    from ib_analysis.tasks.mixture import mixture
+
     model, tokenizer = embedded
     examples = make_examples(model, tokenizer, mixture("tests", 24, LENGTH))
     with warnings.catch_warnings():
@@ -34,6 +36,9 @@ def bench(embedded, tmp_path_factory):
 @pytest.fixture
 def small_llama():
     """A random Llama of two layers with two KV heads each, whose attention is far from uniform."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -51,10 +56,14 @@ def small_llama():
 @pytest.fixture
 def small_prompts():
     """Six prompts of 128 random token ids."""
+    import torch
+
     return list(torch.randint(3, 64, (6, 128), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random tensors in every run."""
+    import torch
+
     torch.manual_seed(0)

@@ -35,10 +35,14 @@ ROWS: dict[str, tuple[Any, str, Any, Any]] = {
 }
 
 
+TRAINED = ("infonce", "mine", "nwj")  # estimators that train a critic
+
+
 def everything():
     for kind, (registry, name, contributed, check) in ROWS.items():
         for known, registered in {**registry, name: contributed}.items():
-            yield pytest.param(check, registered, id=f"{kind}-{known}")
+            marks = pytest.mark.slow if known in TRAINED else ()
+            yield pytest.param(check, registered, id=f"{kind}-{known}", marks=marks)
 
 
 @pytest.mark.parametrize(("check", "registered"), list(everything()))

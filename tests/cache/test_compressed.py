@@ -178,6 +178,7 @@ def test_extras_of_attention_are_honoured(name, extra):
     assert (found - expected).abs().max() < 0.01 * expected.std()
 
 
+@pytest.mark.slow
 def test_nothing_of_the_full_cache_survives_the_prefill():
     """No tensor in memory but weights and the cache's own, and none of those is a view into a larger one."""
     model = small_model("llama")
@@ -225,6 +226,7 @@ def test_offload_and_prefetch_change_nothing():
     assert torch.equal(*logits)
 
 
+@pytest.mark.slow
 def test_long_generation_stays_within_its_plan():
     model = small_model("llama")
     use_attention(model)
@@ -236,6 +238,7 @@ def test_long_generation_stays_within_its_plan():
     assert cache.nbytes == spec.nbytes(plans, 40 + 149)
 
 
+@pytest.mark.slow
 def test_left_padding_changes_nothing():
     model = small_model("llama")
     use_attention(model)

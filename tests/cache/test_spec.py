@@ -118,6 +118,7 @@ def test_a_lowered_limit_is_still_the_same_share(limit, plans, nbytes):
     assert limit.lowered(nbytes).excess(plans) == limit.excess(plans)
 
 
+@pytest.mark.slow
 @untimed
 @given(LIMITS, PLANS)
 def test_excess_is_the_largest_at_any_later_length(limit, plans):
@@ -130,6 +131,7 @@ def test_excess_is_the_largest_at_any_later_length(limit, plans):
     assert most(LONGEST * length) <= limit.excess(plans) <= most(LONGEST * length + flush)
 
 
+@pytest.mark.slow
 @untimed
 @given(LIMITS, PLANS)
 def test_minimum_context_is_the_first_length_from_which_on_all_fit(limit, plans):

@@ -16,6 +16,8 @@ from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, TOO_
 from ib_analysis.estimators.gaussian import bias_nats, information_bits, total_correlation_or_nan_bits
 from ib_analysis.estimators.known_information import KNOWN_TASKS, dense, multinormal, normal, sparse
 
+pytestmark = pytest.mark.slow  # many draws
+
 MULTINORMAL = [
     "1v1 normal 0.75",
     "multinormal sparse 5x5",

@@ -39,6 +39,7 @@ def test_three_panels_with_every_head():
     assert cells.reshape(2, 2).tolist() == [[1.0, 0.0], [0.5, 1.0]]
 
 
+@pytest.mark.slow
 def test_saved_twice_the_same_bytes_and_the_table_of_heads(tmp_path):
     contents = []
     for _ in range(2):

@@ -62,6 +62,7 @@ def test_a_policy_that_nobody_knew_is_drawn():
     assert "pyramid" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@pytest.mark.slow
 def test_saved_twice_the_same_bytes_and_the_tables(tmp_path):
     for name, draw, table in (("plane", draw_plane, POINTS), ("local", draw_local_plane, LOCAL)):
         contents = []

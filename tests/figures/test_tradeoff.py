@@ -39,6 +39,7 @@ def test_a_policy_that_nobody_knew_is_drawn_and_looks_like_no_other():
     assert legend is not None and "pyramid" in [text.get_text() for text in legend.get_texts()]
 
 
+@pytest.mark.slow
 def test_saved_twice_the_same_bytes_and_the_table(tmp_path):
     contents = []
     for _ in range(2):

@@ -37,6 +37,7 @@ def pyramid(spec, limit):
 PROPOSING = {**POLICIES, "pyramid": pyramid}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(list(PROPOSING)), RECENTS, st.floats(0.03, 1), st.integers(20, 200))
 def test_cells_are_within_the_limit(name, recent, share, length):

@@ -146,6 +146,7 @@ def test_curve_is_nested() -> None:
     assert ((np.diff(spent) > 0).sum(axis=0) == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-150, 1e150])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
 def test_larger_instances_reach_the_gap_at_any_scale(scale: float, share: float) -> None:

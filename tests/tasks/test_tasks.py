@@ -27,6 +27,7 @@ def token_ids(text: str) -> list[int]:
     return embedded_tokenizer().encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @quick
 @given(seed=SEEDS, length=LENGTHS)
@@ -108,6 +109,7 @@ def test_any_number_of_pairs_and_questions(seed, length, pairs, data):
     assert count_words(prompt.text) <= length
 
 
+@pytest.mark.slow
 @quick
 @given(seed=SEEDS, length=st.integers(64, 1023))
 @example(seed=1076, length=64)  # the last word has more tokens than an answer may have
