@@ -20,6 +20,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_LOSS = 1e200  # sums and products with bytes stay finite
+MAX_NODES = 200  # of HiGHS' search tree: what ends it must not be a clock, or results differ from run to run
 OBJECTIVE_SCALE = 1e4  # HiGHS stops at an absolute gap of 1e-6, whatever the losses
 
 
@@ -96,13 +97,13 @@ def solve(
     limit: int,
     *,
     gap: float = 1e-4,
-    time_limit_s: float = 5.0,
+    time_limit_s: float = 60.0,
 ) -> Solution:
     """Chooses one option per group: total cost at most `limit` bytes, total loss least up to the relative `gap`.
 
     `losses[u]` and `costs[u]` [O_u] are the losses, in any unit, and whole bytes of group u's options; an infinite loss
     forbids an option. If the certified gap of the greedy choice is above `gap`, HiGHS looks for a better one and
-    tightens the bound, for `time_limit_s` seconds; with tens of thousands of options left to it, it may overshoot.
+    tightens the bound, in 200 nodes of its search tree, seconds; `time_limit_s` ends it where that takes too long.
     Raises BudgetError if the cheapest choice exceeds the limit; ValueError if a loss is NaN or minus infinity, or a
     group has no allowed option.
     """
@@ -275,9 +276,9 @@ def _refine(fronts: _Fronts, chosen: Ints, bound: _Bound, limit: int, target: fl
         integrality=np.append(np.ones(len(kept)), 0),
         bounds=Bounds(0, np.append(np.ones(len(kept)), np.inf)),
         constraints=[LinearConstraint(pick_one, 1, 1), LinearConstraint(spend, spare, spare)],
-        options={"time_limit": time_limit_s, "mip_rel_gap": target / (2 * bound.excess)},
+        options={"node_limit": MAX_NODES, "time_limit": time_limit_s, "mip_rel_gap": target / (2 * bound.excess)},
     )
-    if result.status not in (0, 1) or result.mip_dual_bound is None:  # neither solved nor out of time with a bound
+    if result.status not in (0, 1) or result.mip_dual_bound is None:  # neither solved nor stopped with a bound
         return chosen, bound.excess
     proven = (result.mip_dual_bound / OBJECTIVE_SCALE - 1) * bound.excess + bound.multiplier * remainder
     excess = bound.excess - max(0.0, proven)
