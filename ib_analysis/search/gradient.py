@@ -12,24 +12,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ib_kernels import SideName, get_format, merge, partial_attention, roundtrip
+from ib_kernels import merge, partial_attention
 from torch import Tensor
 from transformers import Cache
 
-from ib_analysis.cache.attention import borrowed, cache_argument
+from ib_analysis.cache.attention import borrowed, cache_argument, causal_mask
 from ib_analysis.cache.plan import HeadPlan
-from ib_analysis.cache.tiers import taken
 from ib_analysis.replay.replay import Replay, ReplayLayer
+from ib_analysis.search.output_changes import Attending, output_changes
 
 SAMPLES = 4  # draws of the next tokens for one prompt
-HELD_ELEMENTS = 2**22  # of weights and values of one precision; some 30 precisions and shares are held at once
+HELD_ELEMENTS = 2**20  # of weights and values of one precision; some 30 precisions and shares are held at once
 
 
 def gradient_losses(replay: Replay, options: Sequence[HeadPlan], generator: torch.Generator) -> Tensor:
     """Predicted loss in bits per predicted token: float64 [heads, options], heads in the order of `shape.heads`."""
     answered, gradients = _score_gradients(replay, generator)
-    rows = [_losses(replay, heads, answered, gradients, options) for heads in _alike(replay, answered)]
-    return torch.cat(rows) / (len(replay.example.predicting) * math.log(2))
+    with torch.no_grad():
+        changes = [output_changes(_attending(replay, heads, answered, gradients), options) for heads in _alike(replay, answered)]
+    nats = torch.cat([change.square().mean(1) / 2 for change in changes])  # over all predicted tokens
+    return nats / (len(replay.example.predicting) * math.log(2))
 
 
 def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[int, int]]]:
@@ -74,107 +76,61 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     return {i: layer for i, layer in enumerate(layers) if isinstance(layer, ReplayLayer)}, stacked
 
 
-class _Attended:
-    """Attention of U heads' follow-up queries to tiers of their contexts, each computed once."""
-
-    def __init__(self, replay: Replay, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer]) -> None:
-        contexts = {layer: replay.context(layer) for layer, _ in heads}
-        self.keys = torch.stack([contexts[layer].keys[h] for layer, h in heads])  # [U, N, D]
-        self.values = torch.stack([contexts[layer].values[h] for layer, h in heads])
-        self.ranks = torch.stack([replay.ranks[layer][h] for layer, h in heads])  # [U, N]
-        one = answered[heads[0][0]]
-        self.dtype, self.scaling, self.softcap = replay.dtype, one.scaling, one.extras.get("softcap")
-        kv_heads, head_dim = one.new_keys.shape[1], self.keys.shape[-1]
-        queries = {layer: answered[layer].query.detach()[0].reshape(kv_heads, -1, head_dim) for layer in contexts}
-        self.query = torch.stack([queries[layer][h] for layer, h in heads])  # [U, G * M, D]
-        self.first, self.tokens = replay.first, replay.tokens
-        self.exact = self._exact(heads, answered)
-        self._weights: dict[tuple[str, int, int, int], tuple[Tensor, Tensor]] = {}
-        self._values: dict[tuple[str, int], Tensor] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}
-
-    def _exact(self, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer]) -> tuple[Tensor, Tensor]:
-        """What is never compressed: sinks, window, the follow-up itself, a learnt sink."""
-        new_keys = torch.stack([answered[layer].new_keys.detach()[0, h] for layer, h in heads])
-        new_values = torch.stack([answered[layer].new_values.detach()[0, h] for layer, h in heads])
-        rest = self.first + self.tokens
-        keys = torch.cat([self.keys[:, : self.first], self.keys[:, rest:], new_keys], dim=1)
-        values = torch.cat([self.values[:, : self.first], self.values[:, rest:], new_values], dim=1)
-        length = new_keys.shape[1]
-        position = torch.arange(keys.shape[1], device=keys.device)
-        visible = position <= position[keys.shape[1] - length :, None]  # [M, T]
-        groups = self.query.shape[1] // length
-        out, lse = partial_attention(
-            self.query, keys, values, visible.repeat(groups, 1).expand(len(keys), -1, -1), self.scaling, self.softcap
-        )
-        if answered[heads[0][0]].extras.get("s_aux") is None:
-            return out, lse
-        learnt = [answered[layer].extras["s_aux"].detach().float().view(-1, groups)[h] for layer, h in heads]
-        sink_lse = torch.stack(learnt)[:, :, None].expand(-1, -1, length).reshape(lse.shape)
-        return merge([out, torch.zeros_like(out)], [lse, sink_lse])
-
-    def output(self, plan: HeadPlan) -> Tensor:
-        """Output [U, G * M, D] of every head under this plan."""
-        outs, lses = [self.exact[0]], [self.exact[1]]
-        edges = plan.edges(self.tokens)
-        for tier, begin, end in zip(plan.tiers, edges, edges[1:]):
-            if begin < end:
-                weights, lse = self._attention(plan.format, begin, end, tier.key_bits)
-                outs.append(weights @ self._dequantized_values(plan.format, begin, end, tier.value_bits))
-                lses.append(lse)
-        return merge(outs, lses)[0]
-
-    def _taken(self, begin: int, end: int) -> Tensor:
-        """Positions of the tokens ranked from `begin` to before `end`: [U, n, D], to gather with."""
-        if (begin, end) not in self._rows:
-            self._rows[begin, end] = taken(self.ranks, begin, end)[..., None].expand(-1, -1, self.keys.shape[-1])
-        return self._rows[begin, end]
-
-    def _attention(self, fmt: str, begin: int, end: int, bits: int) -> tuple[Tensor, Tensor]:
-        """Weights [U, G * M, n] that sum to one, and log-sum-exp [U, G * M]."""
-        key = (fmt, begin, end, bits)
-        if key not in self._weights:
-            rows = self.keys.gather(1, self._taken(begin, end))
-            keys = self._roundtrip(fmt, "keys", rows, bits)
-            logits = self.query.float() @ keys.transpose(1, 2) * self.scaling
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            self._weights[key] = logits.softmax(-1), logits.logsumexp(-1)
-        return self._weights[key]
-
-    def _dequantized_values(self, fmt: str, begin: int, end: int, bits: int) -> Tensor:
-        """Values [U, n, D]. Where each token is quantized by itself, all are done once, whichever are taken."""
-        rows = self._taken(begin, end)
-        if any(shape.tokens_per_row != 1 for shape in get_format(fmt).values.metadata(self.values.shape[-1]).values()):
-            return self._roundtrip(fmt, "values", self.values.gather(1, rows), bits)
-        if (fmt, bits) not in self._values:
-            self._values[fmt, bits] = self._roundtrip(fmt, "values", self.values, bits)
-        return self._values[fmt, bits].gather(1, rows)
-
-    def _roundtrip(self, fmt: str, side: SideName, x: Tensor, bits: int) -> Tensor:
-        """Keys or values [U, n, D] after quantization, each head one run."""
-        lengths = torch.full((len(x),), x.shape[1], device=x.device)
-        return roundtrip(fmt, side, x.flatten(0, 1), lengths, bits, self.dtype).view(x.shape)
+def _attending(
+    replay: Replay, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer], gradients: dict[int, Tensor]
+) -> Attending:
+    """Heads alike, after an uncompressed follow-up."""
+    layers = dict.fromkeys(layer for layer, _ in heads)
+    one = answered[heads[0][0]]
+    kv_heads, head_dim = one.new_keys.shape[1], one.new_keys.shape[3]
+    rows = kv_heads, -1, head_dim  # G * M rows of each KV head
+    queries = {layer: answered[layer].query.detach()[0].float().reshape(rows) for layer in layers}
+    outputs = {layer: answered[layer].output.detach()[0].float().reshape(rows) for layer in layers}
+    by_head = {layer: gradients[layer].reshape(SAMPLES, *rows) for layer in layers}
+    contexts = {layer: replay.context(layer) for layer in layers}
+    keys = torch.stack([contexts[layer].keys[h] for layer, h in heads])  # [U, N, D]
+    values = torch.stack([contexts[layer].values[h] for layer, h in heads])
+    ranks = torch.stack([replay.ranks[layer][h] for layer, h in heads])  # [U, N]
+    query = torch.stack([queries[layer][h] for layer, h in heads])  # [U, G * M, D]
+    rest = replay.first + replay.tokens
+    compressible = slice(replay.first, rest)
+    return Attending(
+        query=query,
+        keys=keys[:, compressible].float(),
+        values=values[:, compressible].float(),
+        order=ranks[:, compressible].argsort(1),
+        exact=_exact(replay, heads, answered, query, keys, values),
+        full=torch.stack([outputs[layer][h] for layer, h in heads]),
+        directions=torch.stack([by_head[layer][:, h] for layer, h in heads]),
+        scaling=one.scaling,
+        softcap=one.extras.get("softcap"),
+        dtype=replay.dtype,
+    )
 
 
-@torch.no_grad()
-def _losses(
+def _exact(
     replay: Replay,
     heads: list[tuple[int, int]],
     answered: dict[int, ReplayLayer],
-    gradients: dict[int, Tensor],
-    options: Sequence[HeadPlan],
-) -> Tensor:
-    """Mean over samples of (g . d)^2 / 2, in nats over all predicted tokens: float64 [U, options]."""
-    attended = _Attended(replay, heads, answered)
-    kv_heads = answered[heads[0][0]].new_keys.shape[1]
-    rows = kv_heads, *attended.query.shape[1:]
-    outputs = {layer: answered[layer].output.detach()[0].float().reshape(rows) for layer, _ in heads}
-    full = torch.stack([outputs[layer][h] for layer, h in heads])  # [U, G * M, D]
-    by_head = torch.stack([gradients[layer].reshape(SAMPLES, kv_heads, -1)[:, h] for layer, h in heads])  # [U, S, G * M * D]
-    losses = []
-    for plan in options:
-        change = (attended.output(plan) - full).flatten(1)  # [U, G * M * D]
-        projected = (by_head @ change[..., None])[..., 0].double()  # [U, S]
-        losses.append(projected.square().mean(1) / 2)
-    return torch.stack(losses, dim=1)
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention of U heads to what is never compressed: sinks, window, the follow-up itself, a learnt sink."""
+    one, rest = answered[heads[0][0]], replay.first + replay.tokens
+    new_keys = torch.stack([answered[layer].new_keys.detach()[0, h] for layer, h in heads])
+    new_values = torch.stack([answered[layer].new_values.detach()[0, h] for layer, h in heads])
+    recent = torch.tensor([*range(replay.first), *range(rest, replay.length)], device=keys.device)
+    keys, values = (  # a compressed head keeps its sinks and window in 16 bits
+        torch.cat([x[:, recent].to(replay.dtype).float(), new.float()], dim=1)
+        for x, new in ((keys, new_keys), (values, new_values))
+    )
+    length = new_keys.shape[1]
+    groups = query.shape[1] // length
+    visible = causal_mask(length, keys.shape[1], keys.device)[0].repeat(1, groups, 1).expand(len(keys), -1, -1)
+    out, lse = partial_attention(query, keys, values, visible, one.scaling, one.extras.get("softcap"))
+    if one.extras.get("s_aux") is None:
+        return out, lse
+    learnt = [answered[layer].extras["s_aux"].detach().float().view(-1, groups)[h] for layer, h in heads]
+    sink_lse = torch.stack(learnt)[:, :, None].expand(-1, -1, length).reshape(lse.shape)
+    return merge([out, torch.zeros_like(out)], [lse, sink_lse])

@@ -1,4 +1,4 @@
-"""Losses by the gradient: the change of every head's output is exact, and small losses are predicted as they are measured."""
+"""Losses by the gradient: prices are those of float64 replays, and small losses are predicted as they are measured."""
 
 import copy
 from random import Random
@@ -8,17 +8,17 @@ import pytest
 import torch
 from ib_kernels import FORMATS, Format, MetadataRows
 from scipy.stats import spearmanr
-from transformers import Cache
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ib_analysis.cache.attention import borrowed, cache_argument
-from ib_analysis.cache.plan import HeadPlan, Recent, Tier
+from ib_analysis.cache.plan import EVICTED, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replay import Replay
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.candidates import head_options
-from ib_analysis.search.gradient import _Attended, _score_gradients, gradient_losses
+from ib_analysis.search.gradient import _score_gradients, gradient_losses
+from ib_analysis.search.output_changes import RUN_SHARES
 from ib_analysis.tasks import TASKS
 
 pytestmark = pytest.mark.slow
@@ -37,14 +37,42 @@ def replay_of(embedded, task, number=0):
     return Replay(model, spec_of(model), example)
 
 
-@pytest.mark.parametrize("option", [0, 3, 40, 77, 150, 200, 310, 330, 360])
-def test_outputs_are_those_of_the_compressed_head(embedded, option):
-    check_outputs(embedded, OPTIONS[option])
+def exactly(share):
+    """Every precision of the tier whose codes are made for the very run that it is."""
+    return [option for option in OPTIONS if len(option.tiers) == 1 and option.kept_share == share]
 
 
-def test_outputs_of_a_format_that_fits_values_to_their_run(embedded, monkeypatch):
+@pytest.mark.parametrize("share", RUN_SHARES)
+def test_prices_are_those_of_float64_replays(embedded, share):
+    check_prices(replay_of(embedded, "text"), exactly(share))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", RUN_SHARES)
+def test_prices_of_random_models_are_those_of_float64_replays(random_model, seed, share):
+    check_prices(random_model(seed), exactly(share))
+
+
+def test_prices_between_the_runs_are_nearly_those(embedded):
+    """The codes of a tier are those of a run up to four times as long: other rounding errors, as large as its own."""
+    replays = [replay_of(embedded, task, number) for number in range(4) for task in ("text", "needles")]
+    options = [option for option in OPTIONS if option.tiers and option.kept_share not in RUN_SHARES]
+    found, expected = (sum(of(replay, options) for replay in replays) for of in (prices, reference_prices))
+    ratio = np.log2(found.sum(0) / expected.sum(0))
+    assert abs(np.median(ratio)) < 0.1
+    assert np.abs(ratio).max() < 1.5
+
+
+def test_prices_of_a_format_that_fits_values_to_their_run(embedded, monkeypatch):
     monkeypatch.setitem(FORMATS, "shared", Format("shared", FORMATS["rotated"].keys, SharedRange()))
-    check_outputs(embedded, HeadPlan("shared", (Tier(1 / 4, 4, 4), Tier(1 / 2, 2, 2))))
+    check_prices(replay_of(embedded, "text"), [HeadPlan("shared", (Tier(1 / 4, 4, 4),))])
+
+
+def test_long_contexts_are_read_in_blocks(embedded, monkeypatch):
+    replay = replay_of(embedded, "text")
+    whole = prices(replay, OPTIONS[::20])
+    monkeypatch.setattr("ib_analysis.search.output_changes.BLOCK_ELEMENTS", 2**16)
+    np.testing.assert_allclose(prices(replay, OPTIONS[::20]), whole, rtol=1e-4, atol=1e-12)
 
 
 class SharedRange:
@@ -65,17 +93,78 @@ class SharedRange:
         return (codes.float() / (2**bits - 1) * 2 - 1) * metadata["scale"].float().repeat_interleave(lengths.long(), 0)
 
 
-def check_outputs(embedded, option):
-    replay = replay_of(embedded, "text")
-    answered, _ = _score_gradients(replay, torch.Generator().manual_seed(0))
-    heads = replay.spec.shape.heads
-    found = _Attended(replay, heads, answered).output(option)  # [U, G * M, D]
-    for u, (layer, head) in enumerate(heads):
-        layers = replay.followup_layers([replay.spec.single_head((layer, head), option)])
-        with torch.no_grad(), borrowed(replay.model):
-            replay.model(replay.example.followup[None], **cache_argument(replay.model, Cache(layers=layers)))
-        expected = layers[layer].output[0].reshape(-1, *found.shape[1:])[head]
-        torch.testing.assert_close(found[u], expected, atol=2e-3, rtol=2e-3)
+def check_prices(replay, options):
+    """To 1e-4, or what comes of changes that are right to 5e-5 of that of evicting the head: sums are in float32."""
+    found, expected, evicted = prices(replay, options), reference_prices(replay, options), prices(replay, [EVICTED])
+    assert (np.abs(found - expected) <= 1e-4 * expected + 1e-4 * np.sqrt(expected * evicted) + 2.5e-9 * evicted).all()
+
+
+def prices(replay, options):
+    return gradient_losses(replay, options, torch.Generator().manual_seed(0)).numpy()
+
+
+def reference_prices(replay, options):
+    """The same in float64, from a replay of every option of every head: [heads, options]."""
+    answered, gradients = _score_gradients(replay, torch.Generator().manual_seed(0))
+    rows = []
+    for layer, head in replay.spec.shape.heads:
+        one = answered[layer]
+        kv_heads, head_dim = one.new_keys.shape[1], one.new_keys.shape[3]
+        query = one.query.detach()[0].double().reshape(kv_heads, -1, head_dim)[head]
+        direction = gradients[layer].double().reshape(len(gradients[layer]), kv_heads, -1, head_dim)[:, head]
+        own = (one.new_keys.detach()[0, head].double(), one.new_values.detach()[0, head].double())
+        full = attended(query, *context_of(replay, layer, head, None), *own, one.scaling)
+        row = []
+        for option in options:
+            change = attended(query, *context_of(replay, layer, head, option), *own, one.scaling) - full
+            row.append(float((direction * change).sum((1, 2)).square().mean() / 2))
+        rows.append(row)
+    return np.array(rows) / len(replay.example.predicting) / np.log(2)
+
+
+def context_of(replay, layer, head, option):
+    """Keys and values of the tokens that a head keeps under an option, in float64."""
+    part = replay.followup_layers([replay.spec.single_head((layer, head), option)])[layer].parts
+    keys, values, kept = next(
+        (some.keys[i], some.values[i], some.kept[i]) for some in part for i in range(len(some.pairs)) if head in some.pairs[i]
+    )
+    first, rest = replay.first, replay.first + replay.tokens
+    visible = kept.clone()
+    visible[:first] = visible[rest:] = True
+    return keys[visible].double(), values[visible].double()
+
+
+def attended(query, keys, values, new_keys, new_values, scaling):
+    """Attention of rows [G * M, D] to a context, and causally to the follow-up itself."""
+    length = len(new_keys)
+    logits = query @ torch.cat([keys, new_keys]).T * scaling
+    later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(query) // length, 1)
+    logits[:, len(keys) :].masked_fill_(later, -torch.inf)
+    return logits.softmax(-1) @ torch.cat([values, new_values])
+
+
+@pytest.fixture
+def random_model():
+    """A replay of a random model with other numbers of heads and channels, whose attention is far from uniform."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        heads, kv_heads, head_dim = ((4, 2, 32), (6, 3, 48), (2, 1, 64), (8, 2, 16))[seed]
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=heads * head_dim,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            initializer_range=0.3,
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        prompt = torch.randint(3, 64, (150 + 50 * seed,), generator=torch.Generator().manual_seed(seed))
+        return Replay(model, spec_of(model), make_examples(model, None, [prompt])[0])
+
+    return build
 
 
 def test_small_losses_are_predicted_as_they_are_measured(embedded):

@@ -1,0 +1,185 @@
+"""How far heads' outputs move in given directions under many plans at once.
+
+Tokens are taken in the scorer's order, so every plan keeps a piece of one list: sums of softmax weights, and of weights times
+values projected on the directions, are added up once along the list for each precision, and every share of the tokens is read
+off. Values are projected less the full output, so that small changes are not differences of large numbers.
+
+Approximation: what a tier's codes are depends a little on which tokens are stored with it (the centre of rotated keys, the
+groups of 32 tokens of kivi keys). Codes are made for runs of all tokens, a quarter and a sixteenth of them, the first in order,
+and a tier takes those of the shortest of these runs that contains it. Plans of one tier of such a share are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from ib_kernels import SideName, roundtrip
+from torch import Tensor
+
+from ib_analysis.cache.plan import FULL, HeadPlan
+from ib_analysis.cache.tiers import tier_counts
+
+RUN_SHARES = (1.0, 1 / 4, 1 / 16)
+BLOCK_ELEMENTS = 2**21  # of weights and projected values: so many tokens are read at a time
+FARTHEST = 60.0  # nats by which a logit may exceed the log-sum-exp of what is never compressed, for sums in float32
+
+Stored = tuple[str, bool]  # the format, and whether all is at 16 bits
+Piece = tuple[Stored, int, int, int, int]  # of a plan: how it is stored, ranks from and to, key bits, value bits
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """U heads alike: the queries of a follow-up, what they see, and the directions in which their outputs are read.
+
+    Attributes:
+        query: fp32 [U, R, D].
+        keys, values: fp32 [U, n, D], the compressible tokens by position.
+        order: int64 [U, n], positions by rank.
+        exact: (out fp32 [U, R, D], natural log-sum-exp [U, R]) of attention to what is never compressed.
+        full: fp32 [U, R, D], the outputs if nothing is compressed.
+        directions: fp32 [U, S, R, D].
+        dtype: of tokens at 16 bits.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    order: Tensor
+    exact: tuple[Tensor, Tensor]
+    full: Tensor
+    directions: Tensor
+    scaling: float
+    softcap: float | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Running sums over a list of tokens, read at E edges: of weights [U, R, K, E], and of weights times projected values
+    [U, R, K, S * V, E], for K key and V value precisions."""
+
+    weights: Tensor
+    projected: Tensor
+
+
+def output_changes(heads: Attending, plans: Sequence[HeadPlan]) -> Tensor:
+    """Sums over rows of the directions times the change of the output: fp64 [U, S, plans]."""
+    tokens = heads.order.shape[1]
+    pieces = [_pieces(plan, tokens) for plan in plans]
+    index = {piece: number for number, piece in enumerate(dict.fromkeys(piece for some in pieces for piece in some))}
+    holds = torch.zeros(len(index), len(plans), device=heads.query.device)  # 1 where a plan has a piece
+    for number, some in enumerate(pieces):
+        for piece in some:
+            holds[index[piece], number] = 1.0
+    level = torch.einsum("urd,usrd->urs", heads.full, heads.directions)  # of the full output
+    shift = _shift(heads)  # [U, R]
+    weights, projected = _read(heads, list(index), level, shift)
+    exact_out, exact_lse = heads.exact
+    exact = (exact_lse - shift).exp()  # [U, R]
+    moved = torch.einsum("urd,usrd->urs", exact_out - heads.full, heads.directions)
+    total = weights @ holds + exact[..., None]  # [U, R, plans]
+    change = projected @ holds + (exact[..., None] * moved)[..., None]  # [U, R, S, plans]
+    return (change / total[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)).sum(1, dtype=torch.float64)
+
+
+def _pieces(plan: HeadPlan, tokens: int) -> list[Piece]:
+    edges = plan.edges(tokens)
+    found = []
+    for tier, (begin, end) in zip(plan.tiers, pairwise(edges)):
+        stored = (plan.format, (tier.key_bits, tier.value_bits) == FULL)
+        if begin < end:
+            found.append((stored, begin, end, tier.key_bits, tier.value_bits))
+    return found
+
+
+def _shift(heads: Attending) -> Tensor:
+    """What is taken off the logits of each row, so that sums of their exponentials are finite: fp32 [U, R]."""
+    highest = torch.full_like(heads.exact[1], -torch.inf)
+    for begin, end in _blocks(heads, 0, heads.keys.shape[1], 1):
+        highest = torch.maximum(highest, _logits(heads, heads.keys[:, begin:end]).amax(-1))
+    return torch.maximum(heads.exact[1], highest - FARTHEST)
+
+
+def _read(heads: Attending, pieces: list[Piece], level: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over each piece's tokens: of weights [U, R, pieces], and of weights times projected values [U, R, S, pieces]."""
+    (u, r, s), tokens = level.shape, heads.order.shape[1]
+    weights = level.new_empty(u, r, len(pieces))
+    projected = level.new_empty(u, r, s, len(pieces))
+    runs = sorted({int(count) for share in RUN_SHARES for count in tier_counts((share,), tokens)})
+    by_run: dict[tuple[Stored, int], list[int]] = {}
+    for number, (stored, _, end, _, _) in enumerate(pieces):
+        by_run.setdefault((stored, next(run for run in runs if run >= end)), []).append(number)
+    for (stored, run), numbers in by_run.items():
+        some = [pieces[number] for number in numbers]
+        edges = sorted({edge for piece in some for edge in piece[1:3]} | {0})
+        key_bits, value_bits = (sorted({piece[side] for piece in some}) for side in (3, 4))
+        sums = _running_sums(heads, stored[0], run, edges, key_bits, value_bits, level, shift)
+        begin, end = (torch.tensor([edges.index(piece[side]) for piece in some]) for side in (1, 2))
+        k = torch.tensor([key_bits.index(piece[3]) for piece in some])
+        v = torch.tensor([value_bits.index(piece[4]) for piece in some])
+        weights[..., numbers] = (sums.weights[:, :, k, end] - sums.weights[:, :, k, begin]).float()
+        by_value = sums.projected.unflatten(3, (s, len(value_bits)))  # [U, R, K, S, V, E]
+        read = by_value[:, :, k, :, v, end] - by_value[:, :, k, :, v, begin]  # [pieces, U, R, S]
+        projected[..., numbers] = read.movedim(0, -1).float()
+    return weights, projected
+
+
+def _running_sums(
+    heads: Attending,
+    fmt: str,
+    run: int,
+    edges: list[int],
+    key_bits: list[int],
+    value_bits: list[int],
+    level: Tensor,
+    shift: Tensor,
+) -> _Sums:
+    """Along the first `run` tokens in order, stored together at these precisions."""
+    u, r, s = level.shape
+    taken, rank = heads.order[:, :run].sort(1)  # positions, and the rank of each
+    keys = torch.stack([_stored(heads, fmt, "keys", taken, rank, bits) for bits in key_bits], 1)  # [U, K, run, D]
+    values = torch.stack([_stored(heads, fmt, "values", taken, rank, bits) for bits in value_bits], 1)  # [U, V, run, D]
+    along = heads.directions.transpose(1, 2).flatten(1, 2)  # [U, R * S, D]
+    weight_sums = [torch.zeros(u * r, len(key_bits), dtype=torch.float64, device=level.device)]
+    value_sums = [torch.zeros(u * r, len(key_bits), s * len(value_bits), dtype=torch.float64, device=level.device)]
+    for begin, end in pairwise(edges):
+        total, value_total = weight_sums[-1].clone(), value_sums[-1].clone()
+        for first, last in _blocks(heads, begin, end, len(key_bits) + s * len(value_bits)):
+            logits = _logits(heads, keys[:, :, first:last].flatten(1, 2)) - shift[..., None]  # [U, R, K * t]
+            weights = logits.exp_().view(u * r, len(key_bits), last - first)
+            projected = along @ values[:, :, first:last].flatten(1, 2).transpose(1, 2)  # [U, R * S, V * t]
+            projected = projected.view(u, r, s, len(value_bits), -1) - level[..., None, None]
+            total += weights.sum(-1)
+            value_total += weights @ projected.view(u * r, s * len(value_bits), -1).transpose(1, 2)
+        weight_sums.append(total)
+        value_sums.append(value_total)
+    return _Sums(
+        torch.stack(weight_sums, -1).unflatten(0, (u, r)),
+        torch.stack(value_sums, -1).unflatten(0, (u, r)),
+    )
+
+
+def _stored(heads: Attending, fmt: str, side: SideName, taken: Tensor, rank: Tensor, bits: int) -> Tensor:
+    """Keys or values after quantization, of the tokens at positions `taken` [U, run], in order of their rank: [U, run, D]."""
+    x = heads.keys if side == "keys" else heads.values
+    wide = taken[..., None].expand(-1, -1, x.shape[-1])
+    rows = x.gather(1, wide)
+    lengths = torch.full((len(x),), rows.shape[1], device=x.device)
+    stored = roundtrip(fmt, side, rows.flatten(0, 1), lengths, bits, heads.dtype).view(rows.shape)
+    return torch.empty_like(stored).scatter_(1, rank[..., None].expand_as(stored), stored)
+
+
+def _logits(heads: Attending, keys: Tensor) -> Tensor:
+    """[U, R, t] of keys [U, t, D]."""
+    logits = heads.query @ keys.transpose(1, 2) * heads.scaling
+    return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
+
+
+def _blocks(heads: Attending, begin: int, end: int, rows: int) -> list[tuple[int, int]]:
+    """Ranks from `begin` to `end` in blocks, for each token of which `rows` numbers a query are held."""
+    u, r, _ = heads.query.shape
+    size = max(1, BLOCK_ELEMENTS // (u * r * rows))
+    return [(first, min(first + size, end)) for first in range(begin, end, size)]
