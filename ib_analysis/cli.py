@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tasks(allocate)
     allocate.add_argument("--budget", required=True, help="1/8 or 0.125 of the cache, 2bits, 64MiB@8192 or 512x4bits")
     allocate.add_argument("--objective", default="usable", help="which information to retain (usable); an unknown name lists all")
+    allocate.add_argument("--minutes", type=float, help="about how long it may take; Ctrl-C ends it too, with the best so far")
     allocate.set_defaults(run=_allocate)
 
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
@@ -122,7 +123,7 @@ def _allocate(arguments: argparse.Namespace) -> None:
 
     budget = parse_budget(arguments.budget)
     model, calibration = _calibration(arguments)
-    allocation = optimal_allocation(model, budget, objective=arguments.objective, **calibration)
+    allocation = optimal_allocation(model, budget, objective=arguments.objective, minutes=arguments.minutes, **calibration)
     allocation.to_json(arguments.out / "allocation.json")
     allocation.plot(arguments.out / "allocation")
     print(allocation)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,17 +21,25 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), the model in evaluation mode.
 
-    Nothing is the embedded model; an existing folder, or a name that begins with ".", "/" or "~", is local and never
-    looked up on the network; anything else is a name on the hub. Weights are read from safetensors only.
+    Nothing is the embedded model; an existing folder or GGUF file, or a name that begins with ".", "/" or "~", is local and never
+    looked up on the network; anything else is a name on the hub. Weights are read from safetensors, or from one GGUF file, whose
+    codes become numbers of `dtype` again; that needs `pip install "ib-analysis[gguf]"`.
     Raises ModelNotFoundError, UnsupportedModelError for what is no decoder, CorruptFileError.
     """
     source = MODEL if name is None else Path(name).expanduser()
     local = name is None or source.exists() or str(name).startswith((".", "/", "~"))
-    if local:
+    weights: dict[str, Any] = {"use_safetensors": True}
+    file: dict[str, Any] = {}
+    if source.suffix == ".gguf" and source.is_file():
+        _check_gguf(source)
+        source, file = source.parent, {"gguf_file": source.name}
+        # Newer versions of transformers leave the codes as they are unless they are asked to.
+        weights = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    elif local:
         _check_folder(source)
     place = str(source if local else name)
     try:
-        config = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code, **file)
         if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
             raise UnsupportedModelError(f"{place} is a {config.model_type} model, not a decoder that predicts next tokens")
         if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
@@ -38,13 +48,14 @@ def load(
             place,
             local_files_only=local,
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,
             dtype=dtype,
+            **weights,
+            **file,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
         )
         _check_weights(place, report)
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code, **file)
     except SafetensorError as error:
         raise CorruptFileError(f"the weights of {place} are no complete safetensors file ({error}): get them again") from error
     except json.JSONDecodeError as error:
@@ -79,6 +90,15 @@ def _check_folder(folder: Path) -> None:
         raise CorruptFileError(f"{config} was cut or edited ({error}): get it again") from error
     if not list(folder.glob("*.safetensors")):
         raise ModelNotFoundError(f"{folder} has no *.safetensors weights; other formats are not read, convert them first")
+
+
+def _check_gguf(file: Path) -> None:
+    absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if absent:
+        raise ModelNotFoundError(f'reading {file} needs {" and ".join(absent)}: pip install "ib-analysis[gguf]"')
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise CorruptFileError(f"{file} is no GGUF file: get it again")
 
 
 def _check_weights(place: str, report: dict[str, Any]) -> None:

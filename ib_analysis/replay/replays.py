@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from ib_analysis.replay.examples import Example
 from ib_analysis.replay.parallel import in_order, prompts_at_once
 from ib_analysis.replay.replay import Replay
 
+Result = TypeVar("Result")
+
 KEPT_BYTES = 2**30  # prefilled contexts are kept up to this many bytes, and computed again beyond
 
 
@@ -28,6 +31,7 @@ class Replays:
     def __init__(self, model: PreTrainedModel, spec: CacheSpec, examples: Sequence[Example]) -> None:
         self.model, self.spec, self.examples = model, spec, examples
         self.at_once = prompts_at_once(model, model.device)
+        self.check: Callable[[], None] = lambda: None  # called after each example; it may raise
         self._kept: dict[int, Replay] = {}
         self._kept_bytes = 0
 
@@ -46,6 +50,15 @@ class Replays:
                 self._kept_bytes += replay.nbytes
         return replay
 
+    def each(self, function: Callable[[int], Result], numbers: Sequence[int], show: str = "") -> Iterator[Result]:
+        """function(number) of each of these examples, in order, several at a time; `show` names a progress bar."""
+        # Borrowed here, because threads share the model; closed, because they must have ended before it is given back.
+        found = in_order(function, numbers, self.at_once)
+        with borrowed(self.model), closing(found) as results:
+            for result in tqdm(results, desc=show, total=len(numbers), disable=not show, leave=False):
+                yield result
+                self.check()
+
     @cached_property
     def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(KL in bits per predicted token of evicting all that can be, accuracy of the full cache), [examples] each."""
@@ -60,10 +73,7 @@ class Replays:
         `numbers` are the examples to measure, by default all.
         """
         numbers = range(len(self)) if numbers is None else numbers
-        # Borrowed here, because threads share the model; closed, because they must have ended before it is given back.
-        found = in_order(lambda number: self[number].measure(tried), numbers, self.at_once)
-        with borrowed(self.model), closing(found) as measured:
-            rows = list(tqdm(measured, desc=show, total=len(numbers), disable=not show, leave=False))
+        rows = list(self.each(lambda number: self[number].measure(tried), numbers, show))
         return (
             torch.stack([kl_bits for kl_bits, _ in rows]).cpu().numpy(),
             torch.stack([accuracy for _, accuracy in rows]).cpu().numpy(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ib_analysis.cache.spec import ByteLimit
@@ -16,6 +17,7 @@ from ib_analysis.errors import BudgetError, CalibrationError, ProfileMismatchErr
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
 from ib_analysis.replay.replays import Replays
 from ib_analysis.search.candidates import head_options
+from ib_analysis.search.clock import Clock
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.knapsack import Solution
 from ib_analysis.search.profile import Profile
@@ -24,15 +26,23 @@ MAX_ROUNDS = 200
 SETTLED = 0.05
 ROUGH_GAP = 0.1  # of the solutions whose options are measured
 SAVE_EVERY = 8  # prompts
+PRICES_UNTIL = 0.7  # of the time that a search may take
 SAME = ("model", "spec", "context_length", "settings", "options")  # of a profile that is used again
 
 
 def calibrate(
-    replays: Replays, context_length: int, *, settings: dict[str, Any], seed: int = 0, path: Path | None = None
+    replays: Replays,
+    context_length: int,
+    *,
+    settings: dict[str, Any],
+    seed: int = 0,
+    path: Path | None = None,
+    clock: Clock | None = None,
 ) -> Profile:
     """A profile with the gradient's losses. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
-    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten.
+    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten. A clock may cut
+    it short: then the losses are those of the prompts so far.
     Raises ProfileMismatchError for the file of another model.
     """
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
@@ -44,21 +54,29 @@ def calibrate(
             )
         if all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
-    known = profile.gradient_prompts
-    for number, replay in enumerate(tqdm(replays, desc="gradients", leave=False)):
-        if number < known:
-            continue
-        generator = torch.Generator(device=replays.model.device).manual_seed(seed * 1_000_003 + number)
-        losses = gradient_losses(replay, profile.options, generator).cpu().numpy()
-        if not np.isfinite(losses).all():
-            raise CalibrationError(f"gradients are not finite on prompt {number} ({replay.example.task})")
-        profile.loss_bits += (losses - profile.loss_bits) / (number + 1)
-        profile.gradient_prompts = number + 1
-        if path is not None and profile.gradient_prompts % SAVE_EVERY == 0:
-            profile.save(path)
-    if path is not None and profile.gradient_prompts > known:
-        profile.save(path)
+    if clock is None:
+        _add_prices(profile, replays, seed, path)
+    else:
+        clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL)
     return profile
+
+
+def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None) -> None:
+    """The gradient's losses of the prompts that the profile has not seen yet, into their mean."""
+    known = profile.gradient_prompts
+
+    def losses_of(number: int) -> NDArray[np.float64]:
+        generator = torch.Generator(device=replays.model.device).manual_seed(seed * 1_000_003 + number)
+        found: NDArray[np.float64] = gradient_losses(replays[number], profile.options, generator).cpu().numpy()
+        if not np.isfinite(found).all():
+            raise CalibrationError(f"gradients are not finite on prompt {number} ({replays.examples[number].task})")
+        return found
+
+    for number, losses in enumerate(replays.each(losses_of, range(known, len(replays)), "gradients"), known):
+        profile.loss_bits = profile.loss_bits + (losses - profile.loss_bits) / (number + 1)
+        profile.gradient_prompts = number + 1
+        if path is not None and (profile.gradient_prompts % SAVE_EVERY == 0 or profile.gradient_prompts == len(replays)):
+            profile.save(path)
 
 
 def _new_profile(replays: Replays, context_length: int, settings: dict[str, Any]) -> Profile:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import inf, nan
+from numbers import Real
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +22,27 @@ from ib_analysis.model.fingerprint import model_fingerprint
 from ib_analysis.model.load import check_model
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.policies import POLICIES
-from ib_analysis.replay.examples import PROMPT_LENGTH, Example, Prompts, check_lengths, examples_for, median_length
+from ib_analysis.replay.examples import PROMPT_LENGTH, Example, Prompts, check_lengths, make_examples, median_length
 from ib_analysis.replay.measurement import best_plan, sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.budget import Budget
 from ib_analysis.search.calibration import calibrate, verify
+from ib_analysis.search.clock import Clock
 from ib_analysis.search.knapsack import Solution, curve
 from ib_analysis.search.objectives import OBJECTIVES, USABLE, objective_names, objective_tables
+from ib_analysis.search.price_check import check_prices
 from ib_analysis.search.profile import Profile
 from ib_analysis.search.refine import refine
+from ib_analysis.tasks.mixture import mixture
 
 PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
 REFINED_FROM_BITS = 0.05  # in-sample loss from which heads interact enough to be measured together
+PROBE = 12  # prompts that tell how long one takes, where the time is limited
+# Shares of a limited time: that prompts may take to be sampled, and when stages end.
+SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL, MOVED_UNTIL = 0.3, 0.75, 0.85, 0.9
 
 
 @dataclass(eq=False)
@@ -44,6 +53,7 @@ class Workbench:
     calibration: Replays
     validation: Replays
     path: Path | None
+    clock: Clock = field(default_factory=Clock)
     tables: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # what options keep by an objective: [U, O] each
 
     def losses(self, objective: str) -> NDArray[np.float64]:
@@ -56,10 +66,38 @@ class Workbench:
         kept = self.tables[objective]
         return kept.max(1, keepdims=True) - kept
 
-    def solve(self, limit: ByteLimit, objective: str) -> Solution:
-        """The options of least loss by the objective, summed over heads."""
+    def prices_hold(self, limit: ByteLimit) -> bool:
+        """Whether a sample of heads loses what their prices say; also if the time is up, as prices are all there is then."""
+        checks = self.profile.checks
+        if limit.share not in checks:
+            choice = self.profile.solve(limit, self.profile.expected_bits).choice
+            check = self.clock.attempt(
+                "checking prices", lambda: check_prices(self.profile, self.calibration, choice), CHECKED_UNTIL
+            )
+            if check is None:
+                return True
+            checks[limit.share] = check
+            if self.path is not None:
+                self.profile.save(self.path)
+        return checks[limit.share].holds
+
+    def solve(self, limit: ByteLimit, objective: str) -> tuple[Solution, ByteLimit]:
+        """The options of least loss by the objective, summed over heads, within the limit at all lengths, and the lowered limit.
+
+        By the usable objective they are measured first if the prices do not hold.
+        """
+        profile = self.profile
         if objective != USABLE:
-            return self.profile.solve(limit, self.losses(objective))
+            return profile.solve_at_all_lengths(limit, lambda lowered: profile.solve(lowered, self.losses(objective)))
+        if not self.prices_hold(limit):
+            found = self.clock.attempt(
+                "measuring heads", lambda: profile.solve_at_all_lengths(limit, self._solve_measured), MEASURED_UNTIL
+            )
+            if found is not None:
+                return found
+        return profile.solve_at_all_lengths(limit, lambda lowered: profile.solve(lowered, profile.expected_bits))
+
+    def _solve_measured(self, limit: ByteLimit) -> Solution:
         verify(self.profile, self.calibration, [limit], self.path)
         return self.profile.solve(limit, self.profile.measured_bits)
 
@@ -75,6 +113,7 @@ def optimal_allocation(
     question_aware: bool = True,
     seed: int = 0,
     profile_path: str | Path | None = None,
+    minutes: float | None = None,
 ) -> Allocation:
     """The allocation of tokens and bits to layers and KV heads that retains most information within `budget`.
 
@@ -95,6 +134,10 @@ def optimal_allocation(
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
         profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
             if prompts, scorer, sinks and window (which the budget decides) are the same.
+        minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
+            of them on a sample of heads, measurement of the options that the solver chooses if the check fails, joint moves where
+            heads interact, a decision on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
+            the best allocation so far, with a warning.
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
     """
@@ -105,21 +148,55 @@ def optimal_allocation(
     # A number of tokens is a share of the prompts' length, which is not known yet; all else at 1 needs no prompts.
     if budget.unit != "tokens" and budget.as_share(shape.bytes_per_token, PROMPT_LENGTH) == 1:
         return full_allocation(model, scorer, objective)
-    examples = examples_for(model, prompts, tokenizer, question_aware, seed, PROMPTS * 3 // 2)
+    clock = Clock(_checked_minutes(minutes))
+    examples = _examples_in_time(model, prompts, tokenizer, question_aware, seed, clock)
     share = budget.as_share(shape.bytes_per_token, median_length(examples))
     if share == 1:
         return full_allocation(model, scorer, objective)
-    bench = prepare(
-        model,
-        examples,
-        share,
-        context_length=budget.context_length,
-        scorer=scorer,
-        question_aware=question_aware,
-        seed=seed,
-        profile_path=profile_path,
-    )
-    return allocate(bench, share, objective)
+    with clock.listening():
+        bench = prepare(
+            model,
+            examples,
+            share,
+            context_length=budget.context_length,
+            scorer=scorer,
+            question_aware=question_aware,
+            seed=seed,
+            profile_path=profile_path,
+            clock=clock,
+        )
+        allocation = allocate(bench, share, objective)
+    if clock.cut:
+        reason = "an interrupt" if clock.interrupted else f"{minutes:g} minutes"
+        warnings.warn(f"{reason} ended {', '.join(clock.cut)}: this is the best allocation so far", stacklevel=2)
+    return allocation
+
+
+def _checked_minutes(minutes: float | None) -> float | None:
+    if minutes is not None and not (isinstance(minutes, Real) and not isinstance(minutes, bool) and 0 < minutes < inf):
+        raise CalibrationError(f"minutes is a number above 0, or None for as long as it takes, not {minutes!r}")
+    return minutes
+
+
+def _examples_in_time(
+    model: PreTrainedModel,
+    prompts: Prompts | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    question_aware: bool,
+    seed: int,
+    clock: Clock,
+) -> list[Example]:
+    """Examples of the prompts; of so many as a third of the time suffices for, but for one probe of a few, if it is limited."""
+    if prompts is None:
+        prompts = mixture(f"calibration {seed}", PROMPTS * 3 // 2, PROMPT_LENGTH)
+    if clock.seconds == inf or not hasattr(prompts, "__len__") or isinstance(prompts, str) or len(prompts) <= PROBE:
+        return make_examples(model, tokenizer, prompts, question_aware=question_aware, seed=seed)
+    begin = monotonic()
+    found = make_examples(model, tokenizer, prompts[:PROBE], question_aware=question_aware, seed=seed)
+    count = int(clock.seconds * SAMPLED_SHARE / (monotonic() - begin) * PROBE)
+    if count > PROBE:
+        found += make_examples(model, tokenizer, prompts[PROBE:count], question_aware=question_aware, seed=seed)
+    return found
 
 
 def full_allocation(model: PreTrainedModel, scorer: Scorer, objective: str = USABLE) -> Allocation:
@@ -151,10 +228,12 @@ def prepare(
     question_aware: bool = True,
     seed: int = 0,
     profile_path: str | Path | None = None,
+    clock: Clock | None = None,
 ) -> Workbench:
     """Calibrates for budgets from `smallest_share` up. A third of the examples is kept for decisions.
 
-    Budgets hold from the median length of the prompts on, or from `context_length` if that is shorter.
+    Budgets hold from the median length of the prompts on, or from `context_length` if that is shorter. A clock may cut this and
+    what is allocated later short; if it leaves no price at all, CalibrationError is raised.
     """
     deciding, calibrating = list(examples[2::3]), [example for i, example in enumerate(examples) if i % 3 != 2]
     length = median_length(calibrating)
@@ -173,14 +252,20 @@ def prepare(
     if path is not None:
         check_writable(path)
         scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
-    calibration = Replays(model, spec, calibrating)
-    profile = calibrate(calibration, length, settings={"question_aware": question_aware}, seed=seed, path=path)
-    return Workbench(profile, calibration, Replays(model, spec, deciding), path)
+    calibration, validation = Replays(model, spec, calibrating), Replays(model, spec, deciding)
+    clock = clock or Clock()
+    calibration.check = validation.check = clock.check
+    settings = {"question_aware": question_aware}
+    profile = calibrate(calibration, length, settings=settings, seed=seed, path=path, clock=clock)
+    if profile.gradient_prompts == 0:
+        raise CalibrationError("the time was over before one prompt was read: allow more minutes, or pass shorter prompts")
+    return Workbench(profile, calibration, validation, path, clock)
 
 
 def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
-    """The best allocation for each share. Their options are measured together, which is faster than one after the other."""
-    verify(bench.profile, bench.calibration, [bench.profile.limit(share) for share in shares], bench.path)
+    """The best allocation for each share. Options are measured together for all of them, which is faster than one by one."""
+    limits = [bench.profile.limit(share) for share in shares]
+    verify(bench.profile, bench.calibration, [limit for limit in limits if not bench.prices_hold(limit)], bench.path)
     return [allocate(bench, share) for share in shares]
 
 
@@ -189,16 +274,17 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
 
     Raises BudgetError if nothing fits.
     """
-    profile = bench.profile
+    profile, clock = bench.profile, bench.clock
     whole = profile.limit(share)
-    solution, limit = profile.solve_at_all_lengths(whole, lambda lowered: bench.solve(lowered, objective))
+    solution, limit = bench.solve(whole, objective)
     candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
     if objective == USABLE:
         candidates += _alternatives(bench, whole, limit, solution)
-    sample = sample_plans(bench.validation, [candidate for _, candidate in candidates])
-    best = int(sample.kl_bits.mean(0).argmin())
+    sample = clock.attempt("deciding", lambda: sample_plans(bench.validation, [candidate for _, candidate in candidates]))
+    best = 0 if sample is None else int(sample.kl_bits.mean(0).argmin())
     source, chosen = candidates[best]
-    in_sample = np.concatenate([bench.calibration.measure([chosen])[0][:, 0], sample.kl_bits[:, best]])
+    measured = clock.attempt("measuring the choice", lambda: bench.calibration.measure([chosen])[0][:, 0])
+    in_sample = [] if measured is None or sample is None else [*measured, *sample.kl_bits[:, best]]
     path = curve(list(bench.losses(objective)), list(profile.nbytes()))
     recent_bytes = profile.spec.recent_bytes(profile.context_length)
     full_bytes = profile.spec.shape.bytes_per_token * profile.context_length
@@ -210,25 +296,27 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
         budget_share=share,
         source=source,
         objective=objective,
-        loss_sum_bits=solution.loss if best == 0 else loss_sum_bits(bench, chosen),
-        in_sample_loss_bits=float(in_sample.mean()),
+        loss_sum_bits=solution.loss if best == 0 else clock.attempt("heads alone", lambda: loss_sum_bits(bench, chosen)) or nan,
+        in_sample_loss_bits=float(np.mean(in_sample)) if in_sample else nan,
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
-        validation=sample.measurement(best),
+        validation=None if sample is None else sample.measurement(best),
         budget_curve=tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
     )
 
 
 def _alternatives(bench: Workbench, whole: ByteLimit, limit: ByteLimit, solution: Solution) -> list[tuple[str, Plans]]:
     """What may be better than a solution: moves around it, where heads interact, and the best cell of all policies."""
-    profile, found = bench.profile, []
+    profile, clock, found = bench.profile, bench.clock, []
     if solution.loss > REFINED_FROM_BITS:
-        refined = refine(profile, bench.calibration, limit, solution.choice)
-        found.append(("optimal, refined jointly", profile.plans(refined)))
+        refined = clock.attempt("joint moves", lambda: refine(profile, bench.calibration, limit, solution.choice), MOVED_UNTIL)
+        if refined is not None:
+            found.append(("optimal, refined jointly", profile.plans(refined)))
     cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
-    if cells:
-        best = cells[list(cells)[best_plan(bench.validation, list(cells), show="deciding")]]
-        found.append((f"{best.family}, {best.setting}", best.plans))
+    best = clock.attempt("comparing cells", lambda: best_plan(bench.validation, list(cells), "deciding")) if cells else None
+    if best is not None:
+        cell = list(cells.values())[best]
+        found.append((f"{cell.family}, {cell.setting}", cell.plans))
     return found
 
 

@@ -26,8 +26,17 @@ RUN_SHARES = (1.0, 1 / 4, 1 / 16)
 BLOCK_ELEMENTS = 2**21  # of weights and projected values: so many tokens are read at a time
 FARTHEST = 60.0  # nats by which a logit may exceed the log-sum-exp of what is never compressed, for sums in float32
 
-Stored = tuple[str, bool]  # the format, and whether all is at 16 bits
-Piece = tuple[Stored, int, int, int, int]  # of a plan: how it is stored, ranks from and to, key bits, value bits
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a tier keeps: tokens ranked from `begin` to before `end`."""
+
+    format: str
+    full: bool  # at 16 bits, where the format does not matter
+    begin: int
+    end: int
+    key_bits: int
+    value_bits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +94,13 @@ def output_changes(heads: Attending, plans: Sequence[HeadPlan]) -> Tensor:
     return (change / total[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)).sum(1, dtype=torch.float64)
 
 
-def _pieces(plan: HeadPlan, tokens: int) -> list[Piece]:
-    edges = plan.edges(tokens)
-    found = []
-    for tier, (begin, end) in zip(plan.tiers, pairwise(edges)):
-        stored = (plan.format, (tier.key_bits, tier.value_bits) == FULL)
-        if begin < end:
-            found.append((stored, begin, end, tier.key_bits, tier.value_bits))
-    return found
+def _pieces(plan: HeadPlan, tokens: int) -> list[_Piece]:
+    tiers = zip(plan.tiers, pairwise(plan.edges(tokens)))
+    return [
+        _Piece(plan.format, (tier.key_bits, tier.value_bits) == FULL, begin, end, tier.key_bits, tier.value_bits)
+        for tier, (begin, end) in tiers
+        if begin < end
+    ]
 
 
 def _shift(heads: Attending) -> Tensor:
@@ -103,23 +111,24 @@ def _shift(heads: Attending) -> Tensor:
     return torch.maximum(heads.exact[1], highest - FARTHEST)
 
 
-def _read(heads: Attending, pieces: list[Piece], level: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _read(heads: Attending, pieces: list[_Piece], level: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over each piece's tokens: of weights [U, R, pieces], and of weights times projected values [U, R, S, pieces]."""
     (u, r, s), tokens = level.shape, heads.order.shape[1]
     weights = level.new_empty(u, r, len(pieces))
     projected = level.new_empty(u, r, s, len(pieces))
     runs = sorted({int(count) for share in RUN_SHARES for count in tier_counts((share,), tokens)})
-    by_run: dict[tuple[Stored, int], list[int]] = {}
-    for number, (stored, _, end, _, _) in enumerate(pieces):
-        by_run.setdefault((stored, next(run for run in runs if run >= end)), []).append(number)
-    for (stored, run), numbers in by_run.items():
+    by_run: dict[tuple[str, bool, int], list[int]] = {}
+    for number, piece in enumerate(pieces):
+        by_run.setdefault((piece.format, piece.full, next(run for run in runs if run >= piece.end)), []).append(number)
+    for (fmt, _, run), numbers in by_run.items():
         some = [pieces[number] for number in numbers]
-        edges = sorted({edge for piece in some for edge in piece[1:3]} | {0})
-        key_bits, value_bits = (sorted({piece[side] for piece in some}) for side in (3, 4))
-        sums = _running_sums(heads, stored[0], run, edges, key_bits, value_bits, level, shift)
-        begin, end = (torch.tensor([edges.index(piece[side]) for piece in some]) for side in (1, 2))
-        k = torch.tensor([key_bits.index(piece[3]) for piece in some])
-        v = torch.tensor([value_bits.index(piece[4]) for piece in some])
+        edges = sorted({0, *(piece.begin for piece in some), *(piece.end for piece in some)})
+        key_bits, value_bits = (sorted({getattr(piece, side) for piece in some}) for side in ("key_bits", "value_bits"))
+        sums = _running_sums(heads, fmt, run, edges, key_bits, value_bits, level, shift)
+        begin = torch.tensor([edges.index(piece.begin) for piece in some])
+        end = torch.tensor([edges.index(piece.end) for piece in some])
+        k = torch.tensor([key_bits.index(piece.key_bits) for piece in some])
+        v = torch.tensor([value_bits.index(piece.value_bits) for piece in some])
         weights[..., numbers] = (sums.weights[:, :, k, end] - sums.weights[:, :, k, begin]).float()
         by_value = sums.projected.unflatten(3, (s, len(value_bits)))  # [U, R, K, S, V, E]
         read = by_value[:, :, k, :, v, end] - by_value[:, :, k, :, v, begin]  # [pieces, U, R, S]

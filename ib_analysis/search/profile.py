@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,37 @@ from ib_analysis.search.candidates import dominates
 from ib_analysis.search.knapsack import Solution, solve
 
 VERSION = 2
+TINY_BITS = 1e-12
+PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
+TOLERANCE = 1.5  # factor between measured losses and those by the gradient up to which these are taken for the losses
+
+
+@dataclass(frozen=True)
+class PriceCheck:
+    """Measured losses over the gradient's, of a sample of heads, each alone under its chosen option, on the same prompts."""
+
+    heads: int
+    prompts: int
+    rank_correlation: float  # Spearman's, over heads
+    ratio: float  # of the sums
+    ratio_interval: tuple[float, float]  # 95%, a bootstrap over prompts
+
+    @property
+    def holds(self) -> bool:
+        """Whether the whole interval of the ratio is within the tolerance, so that measuring could change little."""
+        low, high = self.ratio_interval
+        return low >= 1 / TOLERANCE and high <= TOLERANCE
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> PriceCheck:
+        return cls(**{**content, "ratio_interval": tuple(content["ratio_interval"])})
+
+    def __str__(self) -> str:
+        low, high = self.ratio_interval
+        return (
+            f"{self.heads} heads measured on {self.prompts} prompts: {self.ratio:.2f} [{low:.2f}, {high:.2f}] of their prices, "
+            f"rank correlation {self.rank_correlation:.3f}"
+        )
 
 
 @dataclass(eq=False)
@@ -39,6 +70,7 @@ class Profile:
     loss_bits: NDArray[np.float64]  # [U, O], U heads in the order of `shape.heads`
     measured: NDArray[np.bool_]  # [U, O]
     gradient_prompts: int = 0  # that the gradient has seen so far
+    checks: dict[float, PriceCheck] = field(default_factory=dict)  # of the gradient's losses, by budget share
 
     def nbytes(self) -> NDArray[np.int64]:
         """Bytes [U, O] of each option at the context length, sinks and window left out."""
@@ -64,6 +96,18 @@ class Profile:
         while excess := limit.excess(self.plans((solution := solve(limit)).choice)):
             limit = limit.lowered(excess)
         return solution, limit
+
+    @property
+    def expected_bits(self) -> NDArray[np.float64]:
+        """Losses [U, O] where measured, elsewhere the gradient's, drawn toward a factor of the head times one of the option.
+
+        What a few prompts say of one option of one head is mostly noise.
+        """
+        logs = np.log(np.maximum(self.loss_bits, TINY_BITS))
+        head = logs.mean(1, keepdims=True)
+        law = head + (logs - head).mean(0, keepdims=True)
+        weight = self.gradient_prompts / (self.gradient_prompts + PROMPTS_OF_LAW)
+        return np.where(self.measured, self.loss_bits, np.exp(law + weight * (logs - law)))
 
     @property
     def measured_bits(self) -> NDArray[np.float64]:
@@ -99,6 +143,7 @@ class Profile:
             "prompts": self.prompts,
             "gradient_prompts": self.gradient_prompts,
             "settings": self.settings,
+            "checks": [[share, asdict(check)] for share, check in self.checks.items()],
             "options": [asdict(option) for option in self.options],
         }
         tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("loss_bits", "measured")}
@@ -120,6 +165,7 @@ class Profile:
             loss_bits=tensors["loss_bits"].numpy(),
             measured=tensors["measured"].numpy(),
             gradient_prompts=header["priced" if header["version"] == 1 else "gradient_prompts"],
+            checks={share: PriceCheck.from_json(check) for share, check in header.get("checks", [])},
         )
 
 

@@ -12,6 +12,7 @@ from ib_analysis.search.knapsack import solve
 from ib_analysis.search.profile import Profile
 
 NEIGHBOURS = 6  # options of each head that are measured around the joint solution
+MAX_MOVES = 256  # of a round: those of the least reduced cost, where there are many heads
 ROUNDS = 2
 TINY_BITS = 1e-9
 
@@ -69,12 +70,15 @@ def _joint_loss(profile: Profile, replays: Replays, choices: list[NDArray[np.int
 
 def _promising(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> list[tuple[int, int]]:
     """(head, option) of the least reduced cost, loss + multiplier * bytes, at the multiplier around the chosen solution."""
-    reduced = profile.loss_bits + _multiplier(profile, nbytes, choice) * nbytes
+    multiplier = _multiplier(profile, nbytes, choice)
+    reduced = profile.loss_bits + multiplier * nbytes
     reduced[np.arange(len(choice)), choice] = np.inf
+    chosen = profile.loss_bits[np.arange(len(choice)), choice]
     pairs = []
     for head in range(len(choice)):
         pairs += [(head, int(option)) for option in np.argsort(reduced[head], kind="stable")[:NEIGHBOURS]]
-    return pairs
+    excess = reduced - (chosen + multiplier * nbytes[np.arange(len(choice)), choice])[:, None]  # above what is chosen
+    return sorted(sorted(pairs, key=lambda pair: excess[pair])[:MAX_MOVES])
 
 
 def _multiplier(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> float:

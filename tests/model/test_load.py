@@ -155,3 +155,17 @@ def test_what_is_no_model_is_refused(small_llama):
         check_model(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="compiled models are not supported"):
         check_model(torch.compile(small_llama))
+
+
+def test_a_gguf_file_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("ib_analysis.model.load.find_spec", lambda name: None)
+    with pytest.raises(ModelNotFoundError, match=r'gguf and accelerate: pip install "ib-analysis\[gguf\]"'):
+        load(tmp_path / "model.gguf")
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GIF89a")
+    monkeypatch.setattr("ib_analysis.model.load.find_spec", lambda name: name)
+    with pytest.raises(CorruptFileError, match="is no GGUF file"):
+        load(tmp_path / "model.gguf")

@@ -113,10 +113,10 @@ def reference_prices(replay, options):
         query = one.query.detach()[0].double().reshape(kv_heads, -1, head_dim)[head]
         direction = gradients[layer].double().reshape(len(gradients[layer]), kv_heads, -1, head_dim)[:, head]
         own = (one.new_keys.detach()[0, head].double(), one.new_values.detach()[0, head].double())
-        full = attended(query, *context_of(replay, layer, head, None), *own, one.scaling)
+        full = attended(query, context_of(replay, layer, head, None), own, one.scaling)
         row = []
         for option in options:
-            change = attended(query, *context_of(replay, layer, head, option), *own, one.scaling) - full
+            change = attended(query, context_of(replay, layer, head, option), own, one.scaling) - full
             row.append(float((direction * change).sum((1, 2)).square().mean() / 2))
         rows.append(row)
     return np.array(rows) / len(replay.example.predicting) / np.log(2)
@@ -134,8 +134,9 @@ def context_of(replay, layer, head, option):
     return keys[visible].double(), values[visible].double()
 
 
-def attended(query, keys, values, new_keys, new_values, scaling):
-    """Attention of rows [G * M, D] to a context, and causally to the follow-up itself."""
+def attended(query, context, own, scaling):
+    """Attention of rows [G * M, D] to keys and values of a context, and causally to those of the follow-up itself."""
+    (keys, values), (new_keys, new_values) = context, own
     length = len(new_keys)
     logits = query @ torch.cat([keys, new_keys]).T * scaling
     later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(query) // length, 1)

@@ -54,6 +54,7 @@ def as_version_1(path):
     tiers = [[{"share": tier.pop("token_share"), **tier} for tier in option["tiers"]] for option in header["options"]]
     header["options"] = [{**option, "tiers": renamed} for option, renamed in zip(header["options"], tiers)]
     header |= {"version": 1, "pinned": header.pop("recent"), "priced": header.pop("gradient_prompts")}
+    assert header.pop("checks") == []
     save_tensors(path, {**tensors, "error_bits": torch.zeros_like(tensors["loss_bits"])}, header)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 RECENT = Recent(2, 5, 2)
 LENGTH = 112
-SHARE = 0.3
+SHARE = 0.25
 
 
 @pytest.fixture
