@@ -36,6 +36,7 @@ from ib_analysis.errors import CalibrationError, UnsupportedModelError
 from ib_analysis.replay.examples import Example
 from ib_analysis.scorers import Scorer
 
+LOGIT_ELEMENTS = 2**24  # over all plans of a batch
 BATCH_ELEMENTS = 2**21  # keys of one layer, over all plans of a batch: few enough to stay in a CPU's cache
 
 
@@ -206,7 +207,9 @@ class Replay:
 
     def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
         largest = max(layer.kv_heads * layer.head_dim for layer in self.spec.shape.layers)
-        size = max(1, BATCH_ELEMENTS // (largest * (self.length + len(self.example.followup))))
+        by_keys = BATCH_ELEMENTS // (largest * (self.length + len(self.example.followup)))
+        by_logits = LOGIT_ELEMENTS // self.full_log_probs.shape[-1] // len(self.example.followup)
+        size = max(1, min(by_keys, by_logits))
         return [tried[i : i + size] for i in range(0, len(tried), size)]
 
     def followup_layers(self, tried: Sequence[PlansToTry], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:

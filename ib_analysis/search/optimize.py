@@ -168,7 +168,7 @@ def optimal_allocation(
         allocation = allocate(bench, share, objective)
     if clock.cut:
         reason = "an interrupt" if clock.interrupted else f"{minutes:g} minutes"
-        warnings.warn(f"{reason} ended {', '.join(clock.cut)}: this is the best allocation so far", stacklevel=2)
+        warnings.warn(f"{reason} ended {', '.join(dict.fromkeys(clock.cut))}: this is the best allocation so far", stacklevel=2)
     return allocation
 
 
@@ -280,11 +280,11 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
     candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
     if objective == USABLE:
         candidates += _alternatives(bench, whole, limit, solution)
-    sample = clock.attempt("deciding", lambda: sample_plans(bench.validation, [candidate for _, candidate in candidates]))
-    best = 0 if sample is None else int(sample.kl_bits.mean(0).argmin())
+    best = clock.attempt("deciding", lambda: best_plan(bench.validation, [plans for _, plans in candidates], "deciding")) or 0
     source, chosen = candidates[best]
-    measured = clock.attempt("measuring the choice", lambda: bench.calibration.measure([chosen])[0][:, 0])
-    in_sample = [] if measured is None or sample is None else [*measured, *sample.kl_bits[:, best]]
+    sample = clock.attempt("validating", lambda: sample_plans(bench.validation, [chosen]))
+    measured = clock.attempt("validating", lambda: bench.calibration.measure([chosen])[0][:, 0])
+    in_sample = [] if measured is None or sample is None else [*measured, *sample.kl_bits[:, 0]]
     path = curve(list(bench.losses(objective)), list(profile.nbytes()))
     recent_bytes = profile.spec.recent_bytes(profile.context_length)
     full_bytes = profile.spec.shape.bytes_per_token * profile.context_length
@@ -300,24 +300,22 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
         in_sample_loss_bits=float(np.mean(in_sample)) if in_sample else nan,
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,
-        validation=None if sample is None else sample.measurement(best),
+        validation=None if sample is None else sample.measurement(0),
         budget_curve=tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
     )
 
 
 def _alternatives(bench: Workbench, whole: ByteLimit, limit: ByteLimit, solution: Solution) -> list[tuple[str, Plans]]:
-    """What may be better than a solution: moves around it, where heads interact, and the best cell of all policies."""
-    profile, clock, found = bench.profile, bench.clock, []
+    """What may be better than a solution: moves around it, where heads interact, and the cells of all policies."""
+    profile, found = bench.profile, []
     if solution.loss > REFINED_FROM_BITS:
-        refined = clock.attempt("joint moves", lambda: refine(profile, bench.calibration, limit, solution.choice), MOVED_UNTIL)
+        refined = bench.clock.attempt(
+            "joint moves", lambda: refine(profile, bench.calibration, limit, solution.choice), MOVED_UNTIL
+        )
         if refined is not None:
             found.append(("optimal, refined jointly", profile.plans(refined)))
     cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
-    best = clock.attempt("comparing cells", lambda: best_plan(bench.validation, list(cells), "deciding")) if cells else None
-    if best is not None:
-        cell = list(cells.values())[best]
-        found.append((f"{cell.family}, {cell.setting}", cell.plans))
-    return found
+    return found + [(f"{cell.family}, {cell.setting}", plans) for plans, cell in cells.items()]
 
 
 def loss_sum_bits(bench: Workbench, plans: Plans) -> float:

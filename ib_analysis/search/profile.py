@@ -22,7 +22,7 @@ from ib_analysis.search.knapsack import Solution, solve
 VERSION = 2
 TINY_BITS = 1e-12
 PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
-TOLERANCE = 1.5  # factor between measured losses and those by the gradient up to which these are taken for the losses
+TOLERANCE = 2.0  # factor between measured losses and those by the gradient up to which these are taken for the losses
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class PriceCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether the whole interval of the ratio is within the tolerance, so that measuring could change little."""
-        low, high = self.ratio_interval
-        return low >= 1 / TOLERANCE and high <= TOLERANCE
+        """Whether the ratio is within the tolerance, so that measuring could change little."""
+        return 1 / TOLERANCE <= self.ratio <= TOLERANCE
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PriceCheck:

@@ -66,7 +66,7 @@ def test_another_thread_listens_to_nothing():
 
 @pytest.fixture(scope="module")
 def prompts():
-    return mixture("clock", 18, 128)
+    return mixture("clock", 6, 96)
 
 
 def search(embedded, prompts, **named):
