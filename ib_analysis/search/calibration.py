@@ -42,7 +42,7 @@ def calibrate(
     """A profile with the gradient's losses. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
     `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten. A clock may cut
-    it short: then the losses are those of the prompts so far.
+    it short: then the losses are those of the prompts so far, at least one.
     Raises ProfileMismatchError for the file of another model.
     """
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
@@ -57,7 +57,7 @@ def calibrate(
     if clock is None:
         _add_prices(profile, replays, seed, path)
     else:
-        clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL)
+        clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile
 
 

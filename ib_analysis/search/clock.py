@@ -33,11 +33,14 @@ class Clock:
         self.interrupted = False
         self._until = inf
 
-    def attempt(self, name: str, stage: Callable[[], Found], until_share: float = 1.0) -> Found | None:
-        """What the stage returns; None if it was cut short, or did not begin."""
+    def attempt(
+        self, name: str, stage: Callable[[], Found], until_share: float = 1.0, *, begin_late: bool = False
+    ) -> Found | None:
+        """What the stage returns; None if it was cut short, or did not begin, as it may only with `begin_late` out of time."""
         self._until = self.begin + until_share * self.seconds
         try:
-            self.check()
+            if not begin_late:
+                self.check()
             return stage()
         except OutOfTime:
             self.cut.append(name)
