@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import TypeVar
@@ -50,7 +50,7 @@ class Replays:
                 self._kept_bytes += replay.nbytes
         return replay
 
-    def each(self, function: Callable[[int], Result], numbers: Sequence[int], show: str = "") -> Iterator[Result]:
+    def each(self, function: Callable[[int], Result], numbers: Sequence[int], show: str = "") -> Generator[Result, None, None]:
         """function(number) of each of these examples, in order, several at a time; `show` names a progress bar."""
         # Borrowed here, because threads share the model; closed, because they must have ended before it is given back.
         found = in_order(function, numbers, self.at_once)

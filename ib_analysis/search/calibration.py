@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None
             raise CalibrationError(f"gradients are not finite on prompt {number} ({replays.examples[number].task})")
         return found
 
-    for number, losses in enumerate(replays.each(losses_of, range(known, len(replays)), "gradients"), known):
-        profile.loss_bits = profile.loss_bits + (losses - profile.loss_bits) / (number + 1)
-        profile.gradient_prompts = number + 1
-        if path is not None and (profile.gradient_prompts % SAVE_EVERY == 0 or profile.gradient_prompts == len(replays)):
-            profile.save(path)
+    # Closed, so that the model is given back at once if the profile cannot be saved.
+    with closing(replays.each(losses_of, range(known, len(replays)), "gradients")) as found:
+        for number, losses in enumerate(found, known):
+            profile.loss_bits = profile.loss_bits + (losses - profile.loss_bits) / (number + 1)
+            profile.gradient_prompts = number + 1
+            if path is not None and (profile.gradient_prompts % SAVE_EVERY == 0 or profile.gradient_prompts == len(replays)):
+                profile.save(path)
 
 
 def _new_profile(replays: Replays, context_length: int, settings: dict[str, Any]) -> Profile:

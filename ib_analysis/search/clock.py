@@ -36,7 +36,7 @@ class Clock:
     def attempt(
         self, name: str, stage: Callable[[], Found], until_share: float = 1.0, *, begin_late: bool = False
     ) -> Found | None:
-        """What the stage returns; None if it was cut short, or did not begin, as it may only with `begin_late` out of time."""
+        """What the stage returns; None if it was cut short or did not begin. With `begin_late` it begins even out of time."""
         self._until = self.begin + until_share * self.seconds
         try:
             if not begin_late:

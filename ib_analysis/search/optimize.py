@@ -287,6 +287,7 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
     source, chosen = candidates[best]
     sample = clock.attempt("validating", lambda: sample_plans(bench.validation, [chosen]))
     measured = clock.attempt("validating", lambda: bench.calibration.measure([chosen])[0][:, 0])
+    summed = solution.loss if best == 0 else clock.attempt("heads alone", lambda: loss_sum_bits(bench, chosen))
     in_sample = [] if measured is None or sample is None else [*measured, *sample.kl_bits[:, 0]]
     path = curve(list(bench.losses(objective)), list(profile.nbytes()))
     recent_bytes = profile.spec.recent_bytes(profile.context_length)
@@ -299,7 +300,7 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
         budget_share=share,
         source=source,
         objective=objective,
-        loss_sum_bits=solution.loss if best == 0 else clock.attempt("heads alone", lambda: loss_sum_bits(bench, chosen)) or nan,
+        loss_sum_bits=nan if summed is None else summed,
         in_sample_loss_bits=float(np.mean(in_sample)) if in_sample else nan,
         solver_gap=solution.gap,
         dual_bound=solution.dual_bound,

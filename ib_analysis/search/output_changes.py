@@ -79,10 +79,11 @@ def output_changes(heads: Attending, plans: Sequence[HeadPlan]) -> Tensor:
     tokens = heads.order.shape[1]
     pieces = [_pieces(plan, tokens) for plan in plans]
     index = {piece: number for number, piece in enumerate(dict.fromkeys(piece for some in pieces for piece in some))}
-    holds = torch.zeros(len(index), len(plans), device=heads.query.device)  # 1 where a plan has a piece
+    holds = torch.zeros(len(index), len(plans))  # 1 where a plan has a piece
     for number, some in enumerate(pieces):
         for piece in some:
             holds[index[piece], number] = 1.0
+    holds = holds.to(heads.query.device)
     level = torch.einsum("urd,usrd->urs", heads.full, heads.directions)  # of the full output
     shift = _shift(heads)  # [U, R]
     weights, projected = _read(heads, list(index), level, shift)

@@ -18,7 +18,7 @@ PROMPTS = 8
 RESAMPLES = 2000
 
 
-def check_prices(profile: Profile, replays: Replays, choice: NDArray[np.int64], seed: int = 0) -> PriceCheck:
+def check_prices(profile: Profile, replays: Replays, choice: NDArray[np.int64]) -> PriceCheck:
     """Measures a sample of heads under their chosen options [U]: half of the highest prices, half spread over the rest."""
     numbers = np.unique(np.linspace(0, len(replays) - 1, PROMPTS).round().astype(int)).tolist()
     heads = _sample(profile.loss_bits[np.arange(len(choice)), choice])
@@ -29,7 +29,7 @@ def check_prices(profile: Profile, replays: Replays, choice: NDArray[np.int64], 
     column = [different.index(option) for option in options]
     prices = []
     for number in numbers:
-        generator = torch.Generator(device=replays.model.device).manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator(device=replays.model.device).manual_seed(number)
         prices.append(gradient_losses(replays[number], different, generator)[heads, column].cpu().numpy())
     return _compared(np.stack(prices), measured)
 
