@@ -15,7 +15,6 @@ from ib_analysis.cache.plan import RAW, Head, HeadPlan, Plans, Tier, plan_of
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.codes.gathered import SIDES, Gathered, TierSide, sides_of
 from ib_analysis.model.shape import ELEMENT_BYTES
-from ib_analysis.replay.replays import Replays
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,6 @@ def metadata_bits(plan: HeadPlan, tier: int, side: SideName, tokens: NDArray[np.
     count = plan.counts(tokens)[tier]
     bits = plan.tiers[tier].key_bits if side == "keys" else plan.tiers[tier].value_bits
     return float(((_stored_bits(plan.format, plan.tiers[tier], side, count, dim) - count * dim * bits) * (tokens > 0)).sum())
-
-
-def context_lengths(replays: Replays) -> list[int]:
-    """Tokens of each context."""
-    return [len(example.prefill) for example in replays.examples]
 
 
 def _stored_bits(fmt: str, tier: Tier, side: SideName, count: NDArray[np.int64], dim: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.cache.plan import EVICTED, RAW, Head, plan_of
 from ib_analysis.codes.gathered import SIDES, Gathered, TierSide, all_sides, gather, sides_of
-from ib_analysis.codes.rates import CodeRates, context_lengths, metadata_bits
+from ib_analysis.codes.rates import CodeRates, metadata_bits
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.estimators.dithered_channel import SPACE_FILLING_BITS
 from ib_analysis.estimators.estimate import ABOVE_ENTROPY, GAUSSIAN_MISFIT, TOO_FEW, too_few
@@ -75,7 +75,7 @@ def information(
     sides = all_sides([allocation.plans], allocation.spec.shape)
     samples = -(-SAMPLES // len(examples)) if estimators else 0
     gathered = gather(replays, sides, show="gathering codes", samples=samples)
-    rates = CodeRates(allocation.spec, context_lengths(replays), sides, gathered)
+    rates = CodeRates(allocation.spec(replays), sides, gathered)
     estimates = {side: _Estimates(sides[side], found, estimators) for side, found in gathered.items()}
     measures = (*INFORMATION, *(f"{name}_bits" for name in estimators))
     rows = [row for head in allocation.spec.shape.heads for row in _head_rows(allocation, head, rates, estimates, measures)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.cache.plan import Plans
 from ib_analysis.codes.bottleneck import COLUMNS, local_plane
 from ib_analysis.codes.gathered import all_sides, gather
-from ib_analysis.codes.rates import CodeRates, Rate, context_lengths
+from ib_analysis.codes.rates import CodeRates, Rate
 from ib_analysis.errors import CalibrationError
 from ib_analysis.experiments.setup import set_up
 from ib_analysis.figures.plane import draw_local_plane, draw_plane
@@ -110,10 +110,10 @@ def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.D
     ]
     plans = [plan for _, plan in described]
     sides = all_sides(plans, spec.shape)
-    rates = CodeRates(spec, context_lengths(held_out), sides, gather(held_out, sides, groups=0, show="code rates"))
+    rates = CodeRates(spec(held_out), sides, gather(held_out, sides, groups=0, show="code rates"))
     kl_bits, accuracy = held_out.measure(plans, show="held-out prompts")  # [examples, plans]
     null = len(plans) - 2
-    sample = Sample(kl_bits, accuracy, kl_bits[:, null], accuracy[:, -1])
+    sample = Sample(kl_bits, accuracy, kl_bits[:, null], accuracy[:, -1], held_out.lengths)
     information_bits = float(kl_bits[:, null].mean())  # what evicting everything loses
     ceiling = {"information_bits": information_bits} | _interval("ceiling_", bootstrap_interval(kl_bits[:, null]))
     rows = []

@@ -44,6 +44,7 @@ class Measurement:
     information_bits: float
     accuracy: float | None  # share of known answers whose first token is the most likely one; None if none is known
     full_accuracy: float | None  # of the full cache
+    lengths: tuple[int, int] | None = None  # tokens of the shortest and longest context; None in files of older versions
 
     @property
     def retained_bits(self) -> float:
@@ -56,11 +57,13 @@ class Measurement:
     def __str__(self) -> str:
         low, high = self.loss_interval_bits
         interval = "(too few prompts for an interval)" if isnan(low) else f"[{low:.4f}, {high:.4f}]"
+        count = "1 prompt" if self.prompts == 1 else f"{self.prompts} prompts"
+        lengths = "" if self.lengths is None else " at " + " to ".join(f"{n:,}" for n in dict.fromkeys(self.lengths)) + " tokens"
         share = "" if isnan(self.retained_share) else f" ({self.retained_share:.1%})"
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f} (full {self.full_accuracy:.3f})"
         return (
             f"retains {self.retained_bits:.3f} of {self.information_bits:.3f} bits per token{share}, "
-            f"loses {self.loss_bits:.4f} {interval}{accuracy}"
+            f"loses {self.loss_bits:.4f} {interval}{accuracy} ({count}{lengths})"
         )
 
     @classmethod
@@ -69,7 +72,9 @@ class Measurement:
             return None
         low, high = map(number_from_json, content["loss_interval_bits"])
         numbers = {name: number_from_json(content[name]) for name in ("loss_bits", "information_bits")}
-        return cls(**{**content, **numbers, "loss_interval_bits": (low, high)})
+        lengths = content.get("lengths")
+        exact = {"loss_interval_bits": (low, high), "lengths": None if lengths is None else tuple(lengths)}
+        return cls(**{**content, **numbers, **exact})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +85,7 @@ class Sample:
     accuracy: NDArray[np.float64]  # [examples, plans], NaN where no answer is known
     information_bits: NDArray[np.float64]  # [examples]
     full_accuracy: NDArray[np.float64]  # [examples]
+    lengths: NDArray[np.int64]  # [examples], tokens of the contexts
 
     def measurement(self, plan: int) -> Measurement:
         """The summary of one of the plans."""
@@ -91,6 +97,7 @@ class Sample:
             information_bits=float(self.information_bits.mean()),
             accuracy=_mean_of_known(self.accuracy[:, plan]),
             full_accuracy=_mean_of_known(self.full_accuracy),
+            lengths=(int(self.lengths.min()), int(self.lengths.max())),
         )
 
     def ratio_interval(self, plan: int, other: int) -> tuple[float, float, float]:
@@ -110,7 +117,7 @@ class Sample:
 def sample_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> Sample:
     """Measures plans, the null point and the full cache on every prompt."""
     information_bits, full_accuracy = replays.ends
-    return Sample(*replays.measure(plans, show), information_bits, full_accuracy)
+    return Sample(*replays.measure(plans, show), information_bits, full_accuracy, replays.lengths)
 
 
 def measure_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> list[Measurement]:

@@ -162,8 +162,10 @@ class Replay:
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")
         self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}
-        full = self._logits([spec.full_plans])[0, example.predicting]
-        self.full_log_probs = full.log_softmax(-1)  # [Y, V], nats
+        # Only these positions of the follow-up go through the head of the model, which is large.
+        self.read, place = torch.cat([example.predicting, example.asked]).unique(return_inverse=True)
+        self.predicting, self.asked = place.split([len(example.predicting), len(example.asked)])  # among those read
+        self.full_log_probs = self._logits([spec.full_plans])[0, self.predicting].log_softmax(-1)  # [Y, V], nats
 
     def context(self, layer: int) -> ContextLayer:
         found = self.layers[layer]
@@ -179,8 +181,9 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for the context."""
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers if layer.keys is not None)
+        """Bytes held for the context and the predictions."""
+        held = [self.full_log_probs, *(x for layer in self.layers if layer.keys is not None for x in (layer.keys, layer.values))]
+        return sum(x.numel() * x.element_size() for x in held)
 
     def measure(self, tried: Sequence[PlansToTry]) -> tuple[Tensor, Tensor]:
         """(KL(full || compressed) in bits per predicted token, accuracy), float64 [A] each, of the plans tried.
@@ -192,23 +195,23 @@ class Replay:
         kl_bits, accuracy = [], []
         for batch in self._batches(tried):
             logits = self._logits(batch)
-            lost = full - logits[:, self.example.predicting].log_softmax(-1)  # [A, Y, V]
+            lost = full - logits[:, self.predicting].log_softmax(-1)  # [A, Y, V]
             kl_bits.append(lost.mul_(probs).sum(-1).clamp(min=0).double().mean(-1) / math.log(2))
-            right = logits[:, self.example.asked].argmax(-1) == self.example.answers  # [A, answers]
+            right = logits[:, self.asked].argmax(-1) == self.example.answers  # [A, answers]
             accuracy.append(right.double().mean(-1))
         return torch.cat(kl_bits), torch.cat(accuracy)
 
     @torch.no_grad()
     def _logits(self, tried: Sequence[PlansToTry]) -> Tensor:
-        """Logits fp32 [A, M, V] of the follow-up."""
+        """Logits fp32 [A, read positions, V] of the follow-up."""
         cache = cache_argument(self.model, Cache(layers=self.followup_layers(tried)))
         with borrowed(self.model):
-            return self.model(self.example.followup.expand(len(tried), -1), **cache).logits.float()
+            return self.model(self.example.followup.expand(len(tried), -1), **cache, logits_to_keep=self.read).logits.float()
 
     def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
         largest = max(layer.kv_heads * layer.head_dim for layer in self.spec.shape.layers)
         by_keys = BATCH_ELEMENTS // (largest * (self.length + len(self.example.followup)))
-        by_logits = LOGIT_ELEMENTS // self.full_log_probs.shape[-1] // len(self.example.followup)
+        by_logits = LOGIT_ELEMENTS // self.full_log_probs.shape[-1] // len(self.read)
         size = max(1, min(by_keys, by_logits))
         return [tried[i : i + size] for i in range(0, len(tried), size)]
 

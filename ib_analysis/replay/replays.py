@@ -17,7 +17,7 @@ from ib_analysis.cache.attention import borrowed
 from ib_analysis.cache.plan import PlansToTry
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.replay.examples import Example
-from ib_analysis.replay.parallel import in_order, prompts_at_once
+from ib_analysis.replay.parallel import give_back_freed, in_order, prompts_at_once
 from ib_analysis.replay.replay import Replay
 
 Result = TypeVar("Result")
@@ -56,8 +56,15 @@ class Replays:
         found = in_order(function, numbers, self.at_once)
         with borrowed(self.model), closing(found) as results:
             for result in tqdm(results, desc=show, total=len(numbers), disable=not show, leave=False):
+                if self.model.device.type == "cpu":
+                    give_back_freed()
                 yield result
                 self.check()
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens [examples] of each context, that is of what is read before the cache is compressed."""
+        return np.array([len(example.prefill) for example in self.examples])
 
     @cached_property
     def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -65,7 +65,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     with torch.enable_grad():
         cache = cache_argument(replay.model, Cache(layers=layers))
         with borrowed(replay.model):
-            logits = replay.model(followup[None], **cache).logits[0, replay.example.predicting]
+            logits = replay.model(followup[None], **cache, logits_to_keep=replay.example.predicting).logits[0]
         log_probs = logits.float().log_softmax(-1)
         drawn = torch.multinomial(log_probs.detach().exp(), SAMPLES, replacement=True, generator=generator)  # [Y, S]
         gradients = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ib_analysis.cache.plan import Head, HeadPlan
 from ib_analysis.codes.gathered import SIDES, Gathered, TierSide, gather, sides_of
-from ib_analysis.codes.rates import CodeRates, context_lengths, metadata_bits
+from ib_analysis.codes.rates import CodeRates, metadata_bits
 from ib_analysis.errors import CalibrationError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.replay.replays import Replays
@@ -63,7 +63,7 @@ def _rows(
     sides = {side: heads for option in options for tier in sides_of(option) for side in tier.values()}
     samples = 0 if set(names) <= set(OBJECTIVES) else SAMPLES
     gathered = gather(replays, sides, groups=1, show=show, samples=samples)
-    rates = CodeRates(replays.spec, context_lengths(replays), sides, gathered)
+    rates = CodeRates(replays.spec(replays), sides, gathered)
     token_bits = {side: _token_bits(side, found, names) for side, found in gathered.items()}
     _check_estimates(token_bits, names)
     dim, context_tokens = replays.spec.shape.layers[heads[0][0]].head_dim, rates.lengths.sum()

@@ -13,7 +13,7 @@ def sample(kl_bits):
     count = len(kl_bits)
     accuracy = np.full((count, kl_bits.shape[1]), np.nan)
     accuracy[0] = 1.0
-    return Sample(kl_bits, accuracy, np.full(count, 2.0), np.ones(count))
+    return Sample(kl_bits, accuracy, np.full(count, 2.0), np.ones(count), np.arange(count) + 500)
 
 
 def test_retained_is_information_less_loss_and_may_be_negative():
@@ -41,7 +41,13 @@ def test_one_prompt_has_no_interval():
 
 def test_text_without_information():
     found = Measurement(3, 0.0, (0.0, 0.0), 0.0, None, None)
-    assert str(found) == "retains 0.000 of 0.000 bits per token, loses 0.0000 [0.0000, 0.0000]"
+    assert str(found) == "retains 0.000 of 0.000 bits per token, loses 0.0000 [0.0000, 0.0000] (3 prompts)"
+
+
+def test_lengths_of_the_contexts_are_told():
+    assert sample(np.ones((3, 1))).measurement(0).lengths == (500, 502)
+    assert str(sample(np.ones((3, 1))).measurement(0)).endswith("(3 prompts at 500 to 502 tokens)")
+    assert str(sample(np.ones((1, 1))).measurement(0)).endswith("(1 prompt at 500 tokens)")
 
 
 def test_ratio_is_paired():

@@ -52,8 +52,9 @@ def test_ends_are_the_null_and_the_full_cache(replays, tried):
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])
 def test_contexts_are_kept_while_memory_lasts(kept, replays, tried, monkeypatch):
     expected = replays.measure(tried)[0]
-    size = replays[0].nbytes
-    assert size == 2 * 2 * 2 * len(replays.examples[0].prefill) * 8 * 4  # keys and values, layers, heads, tokens, channels
+    size, example = replays[0].nbytes, replays.examples[0]
+    context = 2 * 2 * 2 * len(example.prefill) * 8  # keys and values, layers, heads, tokens, channels
+    assert size == 4 * (context + len(example.predicting) * replays.model.config.vocab_size)
     monkeypatch.setattr("ib_analysis.replay.replays.KEPT_BYTES", kept * size)
     again = Replays(replays.model, replays.spec, replays.examples)
     np.testing.assert_array_equal(again.measure(tried)[0], expected)
