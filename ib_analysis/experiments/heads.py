@@ -75,7 +75,7 @@ def information(
     sides = all_sides([allocation.plans], allocation.spec.shape)
     samples = -(-SAMPLES // len(examples)) if estimators else 0
     gathered = gather(replays, sides, show="gathering codes", samples=samples)
-    rates = CodeRates(allocation.spec(replays), sides, gathered)
+    rates = CodeRates(allocation.spec, replays.lengths, sides, gathered)
     estimates = {side: _Estimates(sides[side], found, estimators) for side, found in gathered.items()}
     measures = (*INFORMATION, *(f"{name}_bits" for name in estimators))
     rows = [row for head in allocation.spec.shape.heads for row in _head_rows(allocation, head, rates, estimates, measures)]

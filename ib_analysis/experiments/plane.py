@@ -110,7 +110,7 @@ def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.D
     ]
     plans = [plan for _, plan in described]
     sides = all_sides(plans, spec.shape)
-    rates = CodeRates(spec(held_out), sides, gather(held_out, sides, groups=0, show="code rates"))
+    rates = CodeRates(spec, held_out.lengths, sides, gather(held_out, sides, groups=0, show="code rates"))
     kl_bits, accuracy = held_out.measure(plans, show="held-out prompts")  # [examples, plans]
     null = len(plans) - 2
     sample = Sample(kl_bits, accuracy, kl_bits[:, null], accuracy[:, -1], held_out.lengths)

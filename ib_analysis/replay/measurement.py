@@ -85,7 +85,7 @@ class Sample:
     accuracy: NDArray[np.float64]  # [examples, plans], NaN where no answer is known
     information_bits: NDArray[np.float64]  # [examples]
     full_accuracy: NDArray[np.float64]  # [examples]
-    lengths: NDArray[np.int64]  # [examples], tokens of the contexts
+    lengths: Sequence[int]  # tokens of each context
 
     def measurement(self, plan: int) -> Measurement:
         """The summary of one of the plans."""
@@ -97,7 +97,7 @@ class Sample:
             information_bits=float(self.information_bits.mean()),
             accuracy=_mean_of_known(self.accuracy[:, plan]),
             full_accuracy=_mean_of_known(self.full_accuracy),
-            lengths=(int(self.lengths.min()), int(self.lengths.max())),
+            lengths=(min(self.lengths), max(self.lengths)),
         )
 
     def ratio_interval(self, plan: int, other: int) -> tuple[float, float, float]:

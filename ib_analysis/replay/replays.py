@@ -62,9 +62,9 @@ class Replays:
                 self.check()
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens [examples] of each context, that is of what is read before the cache is compressed."""
-        return np.array([len(example.prefill) for example in self.examples])
+    def lengths(self) -> list[int]:
+        """Tokens of each context, that is of what is read before the cache is compressed."""
+        return [len(example.prefill) for example in self.examples]
 
     @cached_property
     def ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

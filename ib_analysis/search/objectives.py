@@ -63,7 +63,7 @@ def _rows(
     sides = {side: heads for option in options for tier in sides_of(option) for side in tier.values()}
     samples = 0 if set(names) <= set(OBJECTIVES) else SAMPLES
     gathered = gather(replays, sides, groups=1, show=show, samples=samples)
-    rates = CodeRates(replays.spec(replays), sides, gathered)
+    rates = CodeRates(replays.spec, replays.lengths, sides, gathered)
     token_bits = {side: _token_bits(side, found, names) for side, found in gathered.items()}
     _check_estimates(token_bits, names)
     dim, context_tokens = replays.spec.shape.layers[heads[0][0]].head_dim, rates.lengths.sum()

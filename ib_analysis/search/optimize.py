@@ -28,13 +28,14 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.budget import Budget
-from ib_analysis.search.calibration import calibrate, verify
+from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.clock import Clock
 from ib_analysis.search.knapsack import Solution, curve
 from ib_analysis.search.objectives import OBJECTIVES, USABLE, objective_names, objective_tables
-from ib_analysis.search.price_check import HEADS, check_prices
+from ib_analysis.search.price_check import check_prices
 from ib_analysis.search.profile import Profile
 from ib_analysis.search.refine import refine
+from ib_analysis.search.worth_measuring import measure_worthwhile
 from ib_analysis.tasks.mixture import mixture
 
 PROMPTS = 64  # for calibration; half as many more decide between allocations
@@ -59,52 +60,42 @@ class Workbench:
     def losses(self, objective: str) -> NDArray[np.float64]:
         """What every option of every head loses by an objective, in bits: [U, O]. Only the usable loss is measured lazily."""
         if objective == USABLE:
-            return self.profile.loss_bits
+            return self.profile.expected_bits
         if objective not in self.tables:
             together = OBJECTIVES if objective in OBJECTIVES else (objective,)  # the streamed ones take one pass
             self.tables |= objective_tables(self.calibration, self.profile.options, together, show="measuring information")
         kept = self.tables[objective]
         return kept.max(1, keepdims=True) - kept
 
-    def prices_hold(self, limit: ByteLimit) -> bool:
-        """Whether a sample of heads loses what their prices say; also if the time is up, as prices are all there is then.
-
-        Of few heads all are measured: that takes little, and their options lose less on other prompts even where prices hold.
-        """
-        checks = self.profile.checks
-        if len(self.profile.loss_bits) <= HEADS:
-            return False
-        if limit.share not in checks:
-            choice = self.profile.solve(limit, self.profile.expected_bits).choice
-            check = self.clock.attempt(
-                "checking prices", lambda: check_prices(self.profile, self.calibration, choice), CHECKED_UNTIL
-            )
-            if check is None:
-                return True
-            checks[limit.share] = check
+    def check_prices(self, share: float) -> None:
+        """Measures a sample of heads, once for a share, for what prices are worth."""
+        profile = self.profile
+        if share not in profile.checks:
+            choice = profile.solve(profile.limit(share)).choice
+            profile.checks[share] = check_prices(profile, self.calibration, choice)
             if self.path is not None:
-                self.profile.save(self.path)
-        return checks[limit.share].holds
+                profile.save(self.path)
+
+    def measure(self, limits: Sequence[ByteLimit]) -> None:
+        """Measures what could change the choice within the limits."""
+        measure_worthwhile(self.profile, self.calibration, limits, self.path)
 
     def solve(self, limit: ByteLimit, objective: str) -> tuple[Solution, ByteLimit]:
         """The options of least loss by the objective, summed over heads, within the limit at all lengths, and the lowered limit.
 
-        By the usable objective they are measured first if the prices do not hold.
+        By the usable objective, those are measured first that could change the choice.
         """
         profile = self.profile
         if objective != USABLE:
             return profile.solve_at_all_lengths(limit, lambda lowered: profile.solve(lowered, self.losses(objective)))
-        if not self.prices_hold(limit):
-            found = self.clock.attempt(
-                "measuring heads", lambda: profile.solve_at_all_lengths(limit, self._solve_measured), MEASURED_UNTIL
-            )
-            if found is not None:
-                return found
-        return profile.solve_at_all_lengths(limit, lambda lowered: profile.solve(lowered, profile.expected_bits))
 
-    def _solve_measured(self, limit: ByteLimit) -> Solution:
-        verify(self.profile, self.calibration, [limit], self.path)
-        return self.profile.solve(limit, self.profile.measured_bits)
+        def measured(lowered: ByteLimit) -> Solution:
+            self.measure([lowered])
+            return profile.solve(lowered)
+
+        self.clock.attempt("checking prices", lambda: self.check_prices(limit.share), CHECKED_UNTIL)
+        found = self.clock.attempt("measuring heads", lambda: profile.solve_at_all_lengths(limit, measured), MEASURED_UNTIL)
+        return found or profile.solve_at_all_lengths(limit, profile.solve)
 
 
 def optimal_allocation(
@@ -140,8 +131,8 @@ def optimal_allocation(
         profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
             if prompts, scorer, sinks and window (which the budget decides) are the same.
         minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
-            of them on a sample of heads, measurement of the options that the solver chooses if the check fails, joint moves where
-            heads interact, a decision on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
+            of them on a sample of heads, measurement of the options that could change the choice, joint moves where heads
+            interact, a decision on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
             the best allocation so far, with a warning.
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
@@ -267,8 +258,9 @@ def prepare(
 
 def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
     """The best allocation for each share. Options are measured together for all of them, which is faster than one by one."""
-    limits = [bench.profile.limit(share) for share in shares]
-    verify(bench.profile, bench.calibration, [limit for limit in limits if not bench.prices_hold(limit)], bench.path)
+    for share in shares:
+        bench.check_prices(share)
+    bench.measure([bench.profile.limit(share) for share in shares])
     return [allocate(bench, share) for share in shares]
 
 

@@ -16,29 +16,24 @@ from ib_analysis.cache.plan import HeadPlan, Plans
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
 from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.files import load_tensors, save_tensors
-from ib_analysis.search.candidates import dominates
 from ib_analysis.search.knapsack import Solution, solve
+from ib_analysis.search.price_law import PriceLaw, Table, price_law
 
-VERSION = 2
+VERSION = 3
+TABLES = ("prompt_prices", "loss_bits", "error_bits", "measured_prompts")
 TINY_BITS = 1e-12
 PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
-TOLERANCE = 2.0  # factor between measured losses and those by the gradient up to which these are taken for the losses
 
 
 @dataclass(frozen=True)
 class PriceCheck:
-    """Measured losses over the gradient's, of a sample of heads, each alone under its chosen option, on the same prompts."""
+    """Measured losses over prices, of a sample of heads, each alone under its chosen option, on the same prompts."""
 
     heads: int
     prompts: int
     rank_correlation: float  # Spearman's, over heads
     ratio: float  # of the sums
     ratio_interval: tuple[float, float]  # 95%, a bootstrap over prompts
-
-    @property
-    def holds(self) -> bool:
-        """Whether the ratio is within the tolerance, so that measuring could change little."""
-        return 1 / TOLERANCE <= self.ratio <= TOLERANCE
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PriceCheck:
@@ -56,8 +51,8 @@ class PriceCheck:
 class Profile:
     """Losses of every option of every head, for caches of `context_length` tokens of one kind.
 
-    A loss is that of predictive information in bits per predicted token if only that head is compressed so. The gradient
-    proposes it until it is measured; a measured loss also lifts those of options that keep less.
+    A loss is that of predictive information in bits per predicted token if only that head is compressed so; a price is what the
+    gradient says of it.
     """
 
     model: str  # `model_fingerprint`
@@ -66,10 +61,23 @@ class Profile:
     prompts: int
     settings: dict[str, Any]  # how it was calibrated
     options: tuple[HeadPlan, ...]  # [O]
-    loss_bits: NDArray[np.float64]  # [U, O], U heads in the order of `shape.heads`
-    measured: NDArray[np.bool_]  # [U, O]
-    gradient_prompts: int = 0  # that the gradient has seen so far
-    checks: dict[float, PriceCheck] = field(default_factory=dict)  # of the gradient's losses, by budget share
+    prompt_prices: NDArray[np.float32]  # [prompts so far, U, O] in bits, U heads in the order of `shape.heads`
+    loss_bits: Table  # [U, O], means over the prompts that they were measured on; NaN where there are none
+    error_bits: Table  # [U, O], standard errors of these; 0 if they were measured on all prompts
+    measured_prompts: NDArray[np.int64]  # [U, O]
+    checks: dict[float, PriceCheck] = field(default_factory=dict)  # of prices, by budget share
+
+    @classmethod
+    def unmeasured(cls, prompt_prices: NDArray[np.float32], **known: Any) -> Profile:
+        """A profile of prices alone."""
+        size = prompt_prices.shape[1:]
+        return cls(
+            prompt_prices=prompt_prices,
+            loss_bits=np.full(size, np.nan),
+            error_bits=np.full(size, np.nan),
+            measured_prompts=np.zeros(size, np.int64),
+            **known,
+        )
 
     def nbytes(self) -> NDArray[np.int64]:
         """Bytes [U, O] of each option at the context length, sinks and window left out."""
@@ -85,9 +93,9 @@ class Profile:
     def solve(self, limit: ByteLimit, losses: NDArray[np.float64] | None = None, gap: float = 1e-4) -> Solution:
         """The options of least total loss within the limit at the context length.
 
-        `losses` [U, O], in any unit, stand in for those in bits; the least total is found up to the relative `gap`.
+        `losses` [U, O], in any unit, stand in for those expected; the least total is found up to the relative `gap`.
         """
-        losses = self.loss_bits if losses is None else losses
+        losses = self.expected_bits if losses is None else losses
         return solve(list(losses), list(self.nbytes()), limit.spare, gap=gap)
 
     def solve_at_all_lengths(self, limit: ByteLimit, solve: Callable[[ByteLimit], Solution]) -> tuple[Solution, ByteLimit]:
@@ -97,21 +105,30 @@ class Profile:
         return solution, limit
 
     @property
-    def expected_bits(self) -> NDArray[np.float64]:
-        """Losses [U, O] where measured, elsewhere the gradient's, drawn toward a factor of the head times one of the option.
-
-        What a few prompts say of one option of one head is mostly noise.
-        """
-        logs = np.log(np.maximum(self.loss_bits, TINY_BITS))
-        head = logs.mean(1, keepdims=True)
-        law = head + (logs - head).mean(0, keepdims=True)
-        weight = self.gradient_prompts / (self.gradient_prompts + PROMPTS_OF_LAW)
-        return np.where(self.measured, self.loss_bits, np.exp(law + weight * (logs - law)))
+    def price_bits(self) -> Table:
+        """Means [U, O] over the prompts so far."""
+        means: Table = self.prompt_prices.mean(0, dtype=np.float64)
+        return means
 
     @property
-    def measured_bits(self) -> NDArray[np.float64]:
-        """Losses [U, O] of the options that were measured, infinite for the others."""
-        return np.where(self.measured, self.loss_bits, np.inf)
+    def drawn_prices(self) -> Table:
+        """Prices [U, O], drawn toward a factor of the head times one of the option: of one option of one head, a few prompts say
+        mostly noise."""
+        logs = np.log(np.maximum(self.price_bits, TINY_BITS))
+        head = logs.mean(1, keepdims=True)
+        law = head + (logs - head).mean(0, keepdims=True)
+        weight = len(self.prompt_prices) / (len(self.prompt_prices) + PROMPTS_OF_LAW)
+        return np.exp(law + weight * (logs - law))
+
+    @property
+    def law(self) -> PriceLaw:
+        """The losses of all options, given those measured."""
+        return price_law(self.drawn_prices, self.loss_bits, self.error_bits)
+
+    @property
+    def expected_bits(self) -> Table:
+        """Losses [U, O] as measured, and what these and prices say of others."""
+        return self.law.expected
 
     def plans(self, choice: NDArray[np.int64]) -> Plans:
         """The plans in which head u has option choice[u]."""
@@ -120,17 +137,15 @@ class Profile:
             rows[layer].append(self.options[option])
         return tuple(tuple(row) if row else None for row in rows)
 
-    def record(self, head: int, option: int, loss_bits: float) -> None:
-        """Enters a measured loss, and lifts the unmeasured losses of options that keep less of that head to it."""
-        self.loss_bits[head, option] = loss_bits
-        self.measured[head, option] = True
-        lifted = self.unmeasured_below(head, option)
-        self.loss_bits[head, lifted] = np.maximum(self.loss_bits[head, lifted], loss_bits)
-
-    def unmeasured_below(self, head: int, option: int) -> NDArray[np.bool_]:
-        """Which options of a head [O] are not measured and keep no more than this one; they lose no less than it does."""
-        below = [dominates(self.options[option], plan) for plan in self.options]
-        return ~self.measured[head] & np.array(below)
+    def record(self, head: int, option: int, losses_bits: NDArray[np.float64]) -> None:
+        """Enters losses measured on so many prompts, in place of those measured on fewer."""
+        count, loss_bits = len(losses_bits), losses_bits.mean()
+        self.loss_bits[head, option], self.measured_prompts[head, option] = loss_bits, count
+        if count == self.prompts:
+            self.error_bits[head, option] = 0.0
+        else:  # one prompt alone tells no error: as large as the loss
+            spread = losses_bits.std(ddof=1) if count > 1 else loss_bits
+            self.error_bits[head, option] = spread * np.sqrt(1 / count - 1 / self.prompts)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with a JSON header. Raises UnknownNameError for a scorer that is in no registry."""
@@ -140,20 +155,22 @@ class Profile:
             **self.spec.to_json(),
             "context_length": self.context_length,
             "prompts": self.prompts,
-            "gradient_prompts": self.gradient_prompts,
             "settings": self.settings,
             "checks": [[share, asdict(check)] for share, check in self.checks.items()],
             "options": [asdict(option) for option in self.options],
         }
-        tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in ("loss_bits", "measured")}
+        tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in TABLES}
         save_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Reads what `save` wrote, version 1 too. Raises CorruptFileError, or ProfileMismatchError for another version."""
+        """Reads what `save` wrote, in all versions. Raises CorruptFileError, ProfileMismatchError for an unknown version."""
         tensors, header = load_tensors(Path(path))
-        if header.get("version") not in (1, VERSION):
+        if header.get("version") not in (1, 2, VERSION):
             raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: calibrate again")
+        tables = {name: tensor.numpy() for name, tensor in tensors.items()}
+        if header["version"] < VERSION:
+            tables = _older_tables(tables, header["priced" if header["version"] == 1 else "gradient_prompts"], header["prompts"])
         return cls(
             model=header["model"],
             spec=CacheSpec.from_json(header),
@@ -161,11 +178,20 @@ class Profile:
             prompts=header["prompts"],
             settings=header["settings"],
             options=tuple(map(HeadPlan.from_json, header["options"])),
-            loss_bits=tensors["loss_bits"].numpy(),
-            measured=tensors["measured"].numpy(),
-            gradient_prompts=header["priced" if header["version"] == 1 else "gradient_prompts"],
+            **{name: tables[name] for name in TABLES},
             checks={share: PriceCheck.from_json(check) for share, check in header.get("checks", [])},
         )
+
+
+def _older_tables(tables: dict[str, NDArray[Any]], priced: int, prompts: int) -> dict[str, NDArray[Any]]:
+    """Tables of version 1 and 2: means of prices, in which losses measured on all prompts had been written over prices."""
+    means, measured = tables["loss_bits"], tables["measured"]
+    return {
+        "prompt_prices": np.repeat(means[None].astype(np.float32), priced, axis=0),
+        "loss_bits": np.where(measured, means, np.nan),
+        "error_bits": np.where(measured, 0.0, np.nan),
+        "measured_prompts": np.where(measured, prompts, 0),
+    }
 
 
 @lru_cache(maxsize=8)

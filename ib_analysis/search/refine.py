@@ -70,10 +70,11 @@ def _joint_loss(profile: Profile, replays: Replays, choices: list[NDArray[np.int
 
 def _promising(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> list[tuple[int, int]]:
     """(head, option) of the least reduced cost, loss + multiplier * bytes, at the multiplier around the chosen solution."""
-    multiplier = _multiplier(profile, nbytes, choice)
-    reduced = profile.loss_bits + multiplier * nbytes
+    losses = profile.expected_bits
+    multiplier = _multiplier(losses, nbytes, choice)
+    reduced = losses + multiplier * nbytes
     reduced[np.arange(len(choice)), choice] = np.inf
-    chosen = profile.loss_bits[np.arange(len(choice)), choice]
+    chosen = losses[np.arange(len(choice)), choice]
     pairs = []
     for head in range(len(choice)):
         pairs += [(head, int(option)) for option in np.argsort(reduced[head], kind="stable")[:NEIGHBOURS]]
@@ -81,12 +82,12 @@ def _promising(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.i
     return sorted(sorted(pairs, key=lambda pair: excess[pair])[:MAX_MOVES])
 
 
-def _multiplier(profile: Profile, nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> float:
+def _multiplier(losses: NDArray[np.float64], nbytes: NDArray[np.int64], choice: NDArray[np.int64]) -> float:
     """Loss saved per byte by the next step along the hulls, around the bytes that the choice takes."""
     used = int(nbytes[np.arange(len(choice)), choice].sum())
     step = max(1, used // 20)
-    lower = solve(list(profile.loss_bits), list(nbytes), max(used - step, int(nbytes.min(1).sum())), gap=0.1)
-    upper = solve(list(profile.loss_bits), list(nbytes), used + step, gap=0.1)
+    lower = solve(list(losses), list(nbytes), max(used - step, int(nbytes.min(1).sum())), gap=0.1)
+    upper = solve(list(losses), list(nbytes), used + step, gap=0.1)
     return max(0.0, (lower.loss - upper.loss) / max(1, upper.cost - lower.cost))
 
 

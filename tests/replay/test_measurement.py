@@ -13,7 +13,7 @@ def sample(kl_bits):
     count = len(kl_bits)
     accuracy = np.full((count, kl_bits.shape[1]), np.nan)
     accuracy[0] = 1.0
-    return Sample(kl_bits, accuracy, np.full(count, 2.0), np.ones(count), np.arange(count) + 500)
+    return Sample(kl_bits, accuracy, np.full(count, 2.0), np.ones(count), range(500, 500 + count))
 
 
 def test_retained_is_information_less_loss_and_may_be_negative():

@@ -21,10 +21,11 @@ from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.measurement import sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
-from ib_analysis.search.calibration import calibrate, verify
+from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.objectives import OBJECTIVES, USABLE
 from ib_analysis.search.optimize import allocate, optimal_allocation
 from ib_analysis.search.profile import Profile
+from ib_analysis.search.worth_measuring import measure_worthwhile
 from ib_analysis.tasks.mixture import mixture
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ def test_predicted_loss_is_the_measured_one(bench, held_out):
     """Over 40 budgets: sums of single-head losses against joint measurements on other prompts."""
     profile = bench.profile
     limits = [profile.limit(share) for share in np.geomspace(SMALLEST_SHARE, 1 / 2, 40)]
-    verify(profile, bench.calibration, limits)
+    measure_worthwhile(profile, bench.calibration, limits)
     solutions = [profile.solve(limit) for limit in limits]
     sample = sample_plans(held_out, [profile.plans(solution.choice) for solution in solutions])
     predicted, measured = np.array([solution.loss for solution in solutions]), sample.kl_bits.mean(0)
@@ -114,7 +115,7 @@ def test_other_objectives_keep_most_of_what_they_ask_for(bench, allocations, obj
     losses = bench.losses(objective)
     limit = profile.limit(share)
     spent = limit.lowered(limit.nbytes - allocations[share].nbytes(profile.context_length))
-    usable = profile.solve(spent, profile.measured_bits)
+    usable = profile.solve(spent)
     heads = np.arange(len(losses))
     assert found.loss_sum_bits <= losses[heads, usable.choice].sum() + 1e-9
     held_losses = sample_plans(bench.validation, [found.plans, allocations[share].plans]).kl_bits.mean(0)
@@ -256,12 +257,12 @@ def test_a_killed_calibration_goes_on(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(ib_calibration, "gradient_losses", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrate(replays, LENGTH, path=path, settings={}, seed=1)
-    assert Profile.load(path).gradient_prompts == 8
+    assert len(Profile.load(path).prompt_prices) == 8
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     calls = 100
     resumed = calibrate(replays, LENGTH, path=path, settings={}, seed=1)
     assert calls == 100 + len(replays) - 8
-    np.testing.assert_array_equal(resumed.loss_bits, expected.loss_bits)
+    np.testing.assert_array_equal(resumed.prompt_prices, expected.prompt_prices)
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")

@@ -18,7 +18,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.snapkv import SnapKV
 from ib_analysis.search.calibration import calibrate
-from ib_analysis.search.candidates import dominates, head_options
+from ib_analysis.search.candidates import head_options
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +32,20 @@ OPTIONS = (
 
 
 def small_profile(spec=SPEC):
-    loss_bits = np.array([[4.0, 3.0, 2.0, 1.0], [8.0, 4.0, 2.0, 0.5]])
-    measured = np.zeros((2, 4), dtype=bool)
-    return Profile("model", spec, 100, 6, {"seed": 0}, OPTIONS, loss_bits, measured, gradient_prompts=6)
+    prices = np.array([[4.0, 3.0, 2.0, 1.0], [8.0, 4.0, 2.0, 0.5]], dtype=np.float32)
+    return unmeasured(np.repeat(prices[None], 6, axis=0), spec, 100, OPTIONS)
+
+
+def unmeasured(prompt_prices, spec, length, options):
+    known = {"model": "model", "spec": spec, "context_length": length, "prompts": 6, "settings": {"seed": 0}}
+    return Profile.unmeasured(prompt_prices, options=options, **known)
 
 
 def same(a, b):
     """Whether two profiles agree in every field."""
-    return all(np.array_equal(value, vars(b)[name]) for name, value in vars(a).items())
+    tables = [name for name, value in vars(a).items() if isinstance(value, np.ndarray)]
+    assert all(np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True) for name in tables)
+    return all(value == vars(b)[name] for name, value in vars(a).items() if name not in tables)
 
 
 def rewritten(path, **changes):
@@ -48,8 +54,18 @@ def rewritten(path, **changes):
     save_tensors(path, tensors, {**header, **changes})
 
 
+def as_version_2(path):
+    """The file as version 2 wrote it: mean prices, and in their place the losses that were measured."""
+    tensors, header = load_tensors(path)
+    measured = tensors["measured_prompts"] > 0
+    losses = tensors["loss_bits"].where(measured, tensors["prompt_prices"].double().mean(0))
+    header |= {"version": 2, "gradient_prompts": len(tensors["prompt_prices"])}
+    save_tensors(path, {"loss_bits": losses, "measured": measured}, header)
+
+
 def as_version_1(path):
     """The file as version 1 wrote it: other names, a standard error, and not one for what it measured."""
+    as_version_2(path)
     tensors, header = load_tensors(path)
     tiers = [[{"share": tier.pop("token_share"), **tier} for tier in option["tiers"]] for option in header["options"]]
     header["options"] = [{**option, "tiers": renamed} for option, renamed in zip(header["options"], tiers)]
@@ -65,17 +81,16 @@ def test_bytes_are_those_of_each_option():
     assert nbytes[0, 0] == 0 and (np.diff(nbytes[0]) > 0).all()
 
 
-def test_a_measured_loss_lifts_those_of_options_that_keep_less():
+def test_records_are_means_with_errors_over_the_prompts_left():
     profile = small_profile()
-    profile.record(0, 2, 3.5)
-    assert profile.loss_bits[0].tolist() == [4.0, 3.5, 3.5, 1.0]
-    assert profile.measured.tolist() == [[False, False, True, False], [False] * 4]
-    assert profile.measured_bits.tolist() == [[np.inf, np.inf, 3.5, np.inf], [np.inf] * 4]
-    profile.record(0, 1, 3.25)  # what is measured is as it was measured
-    profile.record(0, 3, 3.75)
-    assert profile.loss_bits[0].tolist() == [4.0, 3.25, 3.5, 3.75]
-    assert profile.loss_bits[1].tolist() == [8.0, 4.0, 2.0, 0.5]
-    assert profile.unmeasured_below(0, 3).tolist() == [True, False, False, False]
+    profile.record(0, 2, np.array([1.0, 3.0, 2.0]))
+    assert profile.loss_bits[0, 2] == 2.0 and profile.measured_prompts[0, 2] == 3
+    assert profile.error_bits[0, 2] == pytest.approx(np.sqrt(1 / 3 - 1 / 6))  # half of six prompts
+    profile.record(1, 1, np.array([5.0]))
+    assert profile.error_bits[1, 1] == pytest.approx(5 * np.sqrt(1 - 1 / 6))
+    profile.record(0, 2, np.arange(6.0))
+    assert (profile.loss_bits[0, 2], profile.error_bits[0, 2], profile.measured_prompts[0, 2]) == (2.5, 0.0, 6)
+    assert np.isnan(profile.loss_bits).sum() == 6 and profile.expected_bits[0, 2] == pytest.approx(2.5)
 
 
 def test_plans_of_a_choice():
@@ -88,10 +103,11 @@ def test_the_choice_of_least_loss_within_the_limit(share):
     limit, nbytes = profile.limit(share), profile.nbytes()
     solution = profile.solve(limit)
     within = [(a, b) for a in range(4) for b in range(4) if nbytes[0, a] + nbytes[1, b] <= limit.spare]
-    assert solution.loss == min(profile.loss_bits[0, a] + profile.loss_bits[1, b] for a, b in within)
+    losses = profile.expected_bits
+    assert solution.loss == min(losses[0, a] + losses[1, b] for a, b in within)
     assert solution.cost == nbytes[[0, 1], solution.choice].sum() <= limit.spare
-    other = profile.solve(limit, -profile.loss_bits)
-    assert other.loss == min(-profile.loss_bits[0, a] - profile.loss_bits[1, b] for a, b in within)
+    other = profile.solve(limit, -losses)
+    assert other.loss == min(-losses[0, a] - losses[1, b] for a, b in within)
 
 
 def test_a_limit_below_sinks_and_window_is_refused():
@@ -116,9 +132,9 @@ def test_the_choice_stays_within_the_share_at_all_lengths():
 def test_nothing_but_sinks_and_window_ends_the_search():
     """All options of all heads: those that keep no token yet at this length would keep one at the next."""
     shape, options = CacheShape((LayerShape(8, 8),) * 2), tuple(head_options())
-    losses = np.array([[2 - option.kept_share for option in options]] * 16)
+    prices = np.array([[[2 - option.kept_share for option in options]] * 16], dtype=np.float32)
     spec = CacheSpec(shape, Recent(1, 1, 1), SCORERS["value_aware"])
-    profile = Profile("model", spec, 59, 6, {}, options, losses, np.ones(losses.shape, dtype=bool))
+    profile = unmeasured(prices, spec, 59, options)
     limit = ByteLimit(spec, 2 / 59, 59)
     assert limit.spare == 0 and profile.limit(2 / 59) == limit
     solution, _ = profile.solve_at_all_lengths(limit, profile.solve)
@@ -129,7 +145,6 @@ def test_round_trip(bench, tmp_path):
     path = tmp_path / "profile.safetensors"
     bench.profile.save(path)
     found = Profile.load(path)
-    assert (found.loss_bits == bench.profile.loss_bits).all() and (found.measured == bench.profile.measured).all()
     assert found.options == bench.profile.options and found.spec == bench.profile.spec
     assert same(found, bench.profile)
     content = path.read_bytes()
@@ -152,26 +167,33 @@ def test_a_scorer_is_saved_with_its_parameters_or_refused(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_version_1(profile_v1):
+def test_version_1(profile_v1, profile_v1_path):
     """Made by the version before, of `small_llama`; expected is what that version read from it."""
     assert profile_v1.spec == CacheSpec(CacheShape((LayerShape(2, 8),) * 2), Recent(1, 5, 1), SCORERS["value_aware"])
     assert profile_v1.options == tuple(head_options())
-    assert (profile_v1.context_length, profile_v1.prompts, profile_v1.gradient_prompts) == (111, 4, 4)
-    assert profile_v1.loss_bits.shape == profile_v1.measured.shape == (4, len(profile_v1.options))
-    assert int(profile_v1.measured.sum()) == 43
-    assert hashlib.sha256(profile_v1.loss_bits.tobytes()).hexdigest()[:16] == "b8dfe92844145a14"
-    solution = profile_v1.solve(profile_v1.limit(1 / 4), profile_v1.measured_bits)
+    assert (profile_v1.context_length, profile_v1.prompts) == (111, 4)
+    assert profile_v1.prompt_prices.shape == (4, 4, len(profile_v1.options))
+    measured = profile_v1.measured_prompts == 4
+    assert int(measured.sum()) == 43 and (profile_v1.measured_prompts[~measured] == 0).all()
+    stored = load_tensors(profile_v1_path)[0]["loss_bits"].numpy()
+    assert hashlib.sha256(stored.tobytes()).hexdigest()[:16] == "b8dfe92844145a14"
+    assert (profile_v1.loss_bits[measured] == stored[measured]).all() and np.isnan(profile_v1.loss_bits[~measured]).all()
+    np.testing.assert_allclose(profile_v1.price_bits, stored, rtol=1e-6)
+    solution = profile_v1.solve(profile_v1.limit(1 / 4), np.where(measured, stored, np.inf))
     assert solution.choice.tolist() == [98, 99, 321, 204]
     assert (solution.loss, solution.cost, solution.dual_bound) == (2.0897368102877456, 2762, 2.0895926730808405)
 
 
-def test_version_1_is_written_as_version_2(profile_v1, tmp_path):
+@pytest.mark.parametrize("older", [as_version_1, as_version_2])
+def test_older_versions_are_written_as_version_3(older, profile_v1, tmp_path):
     path = tmp_path / "profile.safetensors"
     profile_v1.save(path)
     assert same(Profile.load(path), profile_v1)
-    assert load_tensors(path)[1]["version"] == 2
-    as_version_1(path)
-    assert same(Profile.load(path), profile_v1)
+    assert load_tensors(path)[1]["version"] == 3
+    older(path)
+    found = Profile.load(path)
+    found.prompt_prices = profile_v1.prompt_prices  # measured losses had been written over them
+    assert same(found, profile_v1)
 
 
 def test_version_1_has_what_our_rewriting_gives_it(profile_v1, profile_v1_path, tmp_path):
@@ -181,7 +203,8 @@ def test_version_1_has_what_our_rewriting_gives_it(profile_v1, profile_v1_path, 
     (written, header), (expected, expected_header) = load_tensors(path), load_tensors(profile_v1_path)
     assert header == expected_header
     assert written.keys() == expected.keys()
-    assert all(torch.equal(written[name], expected[name]) for name in ("loss_bits", "measured"))
+    assert torch.equal(written["measured"], expected["measured"])
+    torch.testing.assert_close(written["loss_bits"], expected["loss_bits"], rtol=1e-6, atol=0)
 
 
 def test_version_1_is_used_again(small_llama, small_prompts, tmp_path, monkeypatch):
@@ -190,36 +213,23 @@ def test_version_1_is_used_again(small_llama, small_prompts, tmp_path, monkeypat
     spec = CacheSpec(cache_shape(small_llama.config), Recent(1, 5, 1), SCORERS["value_aware"])
     replays = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts[:2]))
     first = calibrate(replays, 111, settings={"question_aware": True}, path=path)
-    first.record(1, 40, 0.25)
+    first.record(1, 40, np.array([0.25, 0.5]))
     first.save(path)
     as_version_1(path)
+    read = Profile.load(path)
 
     def work(*arguments):
         raise AssertionError("the gradient was asked again")
 
     monkeypatch.setattr("ib_analysis.search.calibration.gradient_losses", work)
-    assert same(calibrate(replays, 111, settings={"question_aware": True}, path=path), first)
+    again = calibrate(replays, 111, settings={"question_aware": True}, path=path)
+    assert same(again, read) and again.loss_bits[1, 40] == 0.375
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 4, "2", None])
 def test_another_version_is_refused_by_name(version, tmp_path):
     path = tmp_path / "profile.safetensors"
     small_profile().save(path)
     rewritten(path, version=version)
-    with pytest.raises(ProfileMismatchError, match=rf"profile\.safetensors has format version {version}, not 2: calibrate again"):
+    with pytest.raises(ProfileMismatchError, match=rf"profile\.safetensors has format version {version}, not 3: calibrate again"):
         Profile.load(path)
-
-
-def test_what_dominates_loses_no_more_after_records():
-    """Whatever is measured, in any order, no unmeasured option that keeps less is said to lose less."""
-    rng = np.random.default_rng(0)
-    options = tuple(head_options())[::9]
-    for _ in range(10):
-        losses = rng.random((2, len(options)))
-        profile = Profile("model", SPEC, 100, 6, {}, options, losses, np.zeros(losses.shape, dtype=bool))
-        for option in rng.permutation(len(options))[:8]:
-            profile.record(0, int(option), float(rng.random()))
-        measured = np.flatnonzero(profile.measured[0])
-        for option in np.flatnonzero(~profile.measured[0]):
-            above = [profile.loss_bits[0, m] for m in measured if dominates(options[m], options[option])]
-            assert all(profile.loss_bits[0, option] >= loss for loss in above)

@@ -9,8 +9,9 @@ from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
-from ib_analysis.search.calibration import calibrate, verify
+from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.refine import refine
+from ib_analysis.search.worth_measuring import measure_worthwhile
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +27,8 @@ def solved(small_llama, small_prompts):
     replays = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts))
     profile = calibrate(replays, LENGTH, settings={})
     limit = profile.limit(SHARE)
-    verify(profile, replays, [limit])
-    return profile, replays, limit, profile.solve(limit, profile.measured_bits).choice
+    measure_worthwhile(profile, replays, [limit])
+    return profile, replays, limit, profile.solve(limit).choice
 
 
 def test_refined_plans_lose_less_and_stay_within_the_budget(solved):

@@ -119,7 +119,8 @@ def test_version_1(profile_v1):
     assert found.spec == profile_v1.spec and found.spec.recent == Recent(1, 5, 1) and found.spec.scorer is SCORERS["value_aware"]
     assert found.plans[0] == (HeadPlan("kivi", (Tier(0.5, 4, 3),)), HeadPlan("kivi", (Tier(0.75, 4, 3),)))
     assert (found.source, found.objective, found.budget_share, found.context_length) == ("optimal", "usable", 0.25, 111)
-    solution = profile_v1.solve(profile_v1.limit(found.budget_share), profile_v1.measured_bits)
+    measured_bits = np.where(np.isnan(profile_v1.loss_bits), np.inf, profile_v1.loss_bits)
+    solution = profile_v1.solve(profile_v1.limit(found.budget_share), measured_bits)
     assert found.plans == profile_v1.plans(solution.choice)
     assert found.loss_sum_bits == solution.loss == 2.0897368102877456
     assert found.in_sample_loss_bits == 1.6526157498613427
