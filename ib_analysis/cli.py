@@ -66,11 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibration(objectives, "folder for objectives.csv, objectives.md and the profile")
     objectives.set_defaults(run=_objectives)
 
-    generate = commands.add_parser("generate", help="continue a text from a compressed cache")
+    generate = commands.add_parser("generate", help="answer a prompt from a compressed cache, or continue a text")
     _add_model(generate)
     generate.add_argument("--allocation", type=Path, required=True, help="the allocation.json of `allocate`")
     generate.add_argument("--prompt", required=True, help="the text, or - to read it from standard input")
     generate.add_argument("--tokens", type=int, default=64, help="how many to generate (64)")
+    generate.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the text as it is; by default it is a user's message if the tokenizer has a chat template",
+    )
     generate.set_defaults(run=_generate)
     return parser
 
@@ -93,7 +98,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(parser: argparse.ArgumentParser, out: str) -> None:
     _add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help=out)
-    parser.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to calibrate on; by default the package\'s own')
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help='JSON lines {"text": ...} or {"messages": [...]} to calibrate on; by default the package\'s own',
+    )
     _add_method(parser)
     parser.add_argument("--seed", type=int, default=0)
 
@@ -211,7 +220,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model, tokenizer = load(arguments.model)
     cache = allocation.cache(model)
-    print(generate_text(model, tokenizer, text, arguments.tokens, cache))
+    chat = bool(tokenizer.chat_template) and not arguments.ignore_chat_template
+    print(generate_text(model, tokenizer, text, arguments.tokens, cache, chat=chat))
     tokens = cache.get_seq_length()
     nbytes, full_bytes = cache.nbytes - cache.sliding_nbytes, tokens * allocation.spec.shape.bytes_per_token
     if allocation.is_full:

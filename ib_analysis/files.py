@@ -29,24 +29,33 @@ def make_folder(folder: Path) -> None:
         raise IBAnalysisError(f"cannot write to folder {folder}: it is read-only, pass another")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The texts of a JSON-lines file, blank lines left out. Raises CalibrationError, with the line, for anything else."""
-    texts = []
+def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
+    """The texts, and the conversations (lists of messages), of a JSON-lines file, blank lines left out.
+
+    A line is {"text": ...} or {"messages": [...]}; of both, the text. Raises CalibrationError, with the line, for anything else.
+    """
+    prompts = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # other breaks may be part of a text
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CalibrationError(f'line {number} of {path} is not {{"text": ...}}') from error
-        if not isinstance(text, str):
-            raise CalibrationError(f"line {number} of {path} has a text of type {type(text).__name__}")
-        texts.append(text)
-    return texts
+        if line.strip():
+            prompts.append(_read_prompt(line, f"line {number} of {path}"))
+    return prompts
+
+
+def _read_prompt(line: str, name: str) -> str | list[dict[str, Any]]:
+    try:
+        row = json.loads(line)
+        prompt: str | list[dict[str, Any]] = row["text"] if "text" in row else row["messages"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CalibrationError(f'{name} is not {{"text": ...}} or {{"messages": [...]}}') from error
+    if "text" in row and not isinstance(prompt, str):
+        raise CalibrationError(f"{name} has a text of type {type(prompt).__name__}")
+    if "text" not in row and not (isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)):
+        raise CalibrationError(f'{name} has messages that are no list of {{"role": ..., "content": ...}}')
+    return prompt
 
 
 def check_writable(path: Path) -> None:

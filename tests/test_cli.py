@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from importlib.metadata import version
 from itertools import product
 
@@ -15,6 +16,8 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.search.optimize import allocate, full_allocation
 
 pytestmark = pytest.mark.slow
+
+FILLER = "The old clock stood near the quiet street.\n" * 20
 
 
 def run(*arguments, text=None):
@@ -30,12 +33,49 @@ def allocation_file(bench, tmp_path_factory):
 
 
 def test_generate_reads_from_the_compressed_cache(allocation_file):
-    filler = "The old clock stood near the quiet street.\n" * 20
-    prompt = f"- acorn apple\n{filler}- amber violet\n{filler}Find amber"
+    prompt = f"- acorn apple\n{FILLER}- amber violet\n{FILLER}Find amber"
     done = run("generate", "--allocation", allocation_file, "--prompt", "-", "--tokens", 1, text=prompt)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "violet"
     assert "cache: " in done.stderr
+
+
+@pytest.fixture
+def chat_model(embedded, tmp_path):
+    """A folder with the embedded model, whose tokenizer has a chat template."""
+    model, tokenizer = embedded
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = "<s>{% for message in messages %}{{ message['content'] }}{% endfor %}Find acorn"
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_generate_uses_the_chat_template(allocation_file, chat_model):
+    """This one asks for a word; without it, the text does for another."""
+    text = f"- acorn apple\n{FILLER}- amber violet\n{FILLER}"
+    arguments = ["generate", chat_model, "--allocation", allocation_file, "--tokens", 1, "--prompt"]
+    answered = run(*arguments, text)
+    continued = run(*arguments, f"{text}Find amber", "--ignore-chat-template")
+    assert answered.returncode == continued.returncode == 0, answered.stderr + continued.stderr
+    assert (answered.stdout.strip(), continued.stdout.strip()) == ("apple", "violet")
+
+
+def test_allocate_takes_conversations(chat_model, tmp_path):
+    prompts, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    text = "def read(self, size=-1):\n    return self.buffer.read(size)\n" * 8
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "Go on."},
+    ]
+    prompts.write_text("\n".join([json.dumps({"messages": messages}), json.dumps({"text": text})] * 3))
+    done = run("allocate", chat_model, "--budget", "1/4", "--out", out, "--prompts", prompts, "--minutes", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert (out / "allocation.json").is_file()
+    refused = run("allocate", "--budget", "1/4", "--out", tmp_path / "none", "--prompts", prompts)
+    assert refused.returncode == 2
+    assert "prompt 0 (chat): the tokenizer has no chat template" in refused.stderr
 
 
 def test_allocate_writes_its_files(tmp_path):

@@ -108,10 +108,22 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
     assert read_prompts(path) == texts
 
 
+def test_a_line_may_be_a_conversation(tmp_path):
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"messages": messages, "source": "x"}, {"text": "three"}, {"text": "four", "messages": messages}, {"messages": []}]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read_prompts(path) == [messages, "three", "four", []]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{}", r'line 4 of .*prompts\.jsonl is not \{"text": \.\.\.\}'),
+        ("{}", r'line 4 of .*prompts\.jsonl is not \{"text": \.\.\.\} or \{"messages": \[\.\.\.\]\}'),
+        ('{"messages": "one"}', "line 4 of .* has messages that are no list"),
+        ('{"messages": ["one"]}', "line 4 of .* has messages that are no list"),
+        ('{"messages": {"role": "user"}}', "line 4 of .* has messages that are no list"),
+        ("3", "line 4 of .* is not"),
         ('{"text": "cut', "line 4 of .* is not"),
         ("plain words", "line 4 of .* is not"),
         ('["text"]', "line 4 of .* is not"),

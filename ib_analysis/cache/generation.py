@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.errors import IBAnalysisError
+from ib_analysis.model.chat import chat_ids
 
 
 @torch.no_grad()
@@ -17,20 +18,23 @@ def generate_text(
     text: str,
     tokens: int,
     cache: CompressedCache | None = None,
+    *,
+    chat: bool = False,
 ) -> str:
     """The greedy continuation of `text`, up to `tokens` tokens, with the full cache if none is given.
 
-    The cache is filled, and compressed, before the last token of the text is read: so no prediction comes from the
-    uncompressed prefill.
+    With `chat` the text is a user's message in the tokenizer's chat template, and its continuation the answer. The cache is
+    filled, and compressed, before the last token of the prompt is read: so no prediction comes from the uncompressed prefill.
+    Raises IBAnalysisError for fewer than one token, for a prompt too short to compress, and for `chat` without a template.
     """
     if tokens < 1:
         raise IBAnalysisError(f"cannot generate {tokens} tokens: ask for at least one")
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
-    ids = inputs["input_ids"]
+    prompt = chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else tokenizer(text).input_ids
+    ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)  # [1, T]
     if ids.shape[1] < 2:
         raise IBAnalysisError("the prompt has fewer than two tokens: there is nothing to compress")
     filled = cache_argument(model, DynamicCache(config=model.config) if cache is None else cache)
     model(ids[:, :-1], logits_to_keep=1, **filled)
-    out = model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], max_new_tokens=tokens, do_sample=False, **filled)
-    continuation: str = tokenizer.decode(out[0, ids.shape[1] :])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **filled)
+    continuation: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=chat)
     return continuation

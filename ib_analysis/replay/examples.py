@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.plan import Recent
 from ib_analysis.errors import CalibrationError
 from ib_analysis.model.load import check_model
+from ib_analysis.replay.conversation import Conversation, split_conversation
 from ib_analysis.tasks import Prompt
 from ib_analysis.tasks.mixture import mixture
 
-Prompts = Sequence[Prompt | str | Tensor]
+Prompts = Sequence[Prompt | str | Tensor | Conversation]
 
 PROMPT_LENGTH = 512  # of the package's own prompts
 MAX_SAMPLED = 32  # tokens sampled for one turn
@@ -49,6 +51,7 @@ class _Draft:
     turns: list[tuple[list[int], list[int]]]  # (question, answer or a text's own continuation)
     known: bool  # whether the answers are known to be right
     sampled: list[list[int]]
+    ends: frozenset[int] = frozenset()  # tokens after which nothing is sampled
 
     @property
     def so_far(self) -> list[int]:
@@ -72,9 +75,14 @@ def make_examples(
 
     A text, or a 1-D tensor of token ids, is split: its last 32 tokens, at most an eighth, give way to sampled ones. With
     `question_aware` the first question is read before the cache is compressed, so the scorer sees it.
+
+    A conversation, a list of messages {"role": ..., "content": ...}, is rendered with the tokenizer's chat template. The model's
+    answer is sampled until it ends, at most 32 tokens. A last message of the assistant gives way to it, and bounds its length.
+    The question is the last user message, the context all before it; a question at least as long as that is context as well.
+
     Raises CalibrationError if the model is in training mode, if there are no prompts, or if one is too short, has an empty part
-    or tokens of another model, and for a seed that is no whole number from 0 to 2**31 - 1; UnsupportedModelError for what is
-    no model of transformers.
+    or tokens of another model, or is a conversation that the template does not take, and for a seed that is no whole number from
+    0 to 2**31 - 1; UnsupportedModelError for what is no model of transformers.
     """
     check_model(model)
     if model.training:
@@ -84,12 +92,12 @@ def make_examples(
     if not hasattr(prompts, "__len__"):
         raise CalibrationError(f"prompts is a {type(prompts).__name__}, which can be read only once: pass a list")
     if len(prompts) == 0:
-        raise CalibrationError("no prompts: pass at least one text, token-id tensor or Prompt (64 are a good number)")
+        raise CalibrationError("no prompts: pass at least one text, tensor, conversation or Prompt (64 are a good number)")
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         raise CalibrationError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
-    if tokenizer is None and any(isinstance(prompt, (str, Prompt)) for prompt in prompts):
+    if tokenizer is None and any(isinstance(prompt, (str, Prompt)) or _is_conversation(prompt) for prompt in prompts):
         tokenizer = _saved_tokenizer(model)
-    drafts = [_draft(prompt, tokenizer, number) for number, prompt in enumerate(prompts)]
+    drafts = [_draft(prompt, tokenizer, number, model) for number, prompt in enumerate(prompts)]
     for number, draft in enumerate(drafts):
         _check(draft, number, model)
     generator = torch.Generator(device=model.device).manual_seed(int(seed))
@@ -100,7 +108,7 @@ def make_examples(
             inputs = [draft.so_far + draft.turns[turn][0] for draft in batch]
             steps = max(_sample_length(draft, turn) for draft in batch)
             for draft, sample in zip(batch, _sample(model, inputs, steps, generator).tolist()):
-                draft.sampled.append(sample[: _sample_length(draft, turn)])
+                draft.sampled.append(_until_end(sample[: _sample_length(draft, turn)], draft.ends))
     return [_example(draft, question_aware, model.device) for draft in drafts]
 
 
@@ -143,19 +151,38 @@ def _saved_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _draft(prompt: Prompt | str | Tensor, tokenizer: PreTrainedTokenizerBase | None, number: int) -> _Draft:
+def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
+    return isinstance(prompt, (list, tuple)) and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _draft(
+    prompt: Prompt | str | Tensor | Conversation, tokenizer: PreTrainedTokenizerBase | None, number: int, model: PreTrainedModel
+) -> _Draft:
     if isinstance(prompt, Prompt):
         assert tokenizer is not None  # make_examples has looked for one
         context = list(tokenizer(prompt.context).input_ids) if prompt.context else []
         turns = [(_ids(tokenizer, question), _ids(tokenizer, answer)) for question, answer in prompt.turns]
         return _Draft(prompt.task, context, turns, prompt.chance > 0, [])
+    if isinstance(prompt, Mapping):
+        raise CalibrationError(
+            f"prompt {number} is a {type(prompt).__name__}: a conversation is a list of messages, so pass a list of such lists"
+        )
+    if _is_conversation(prompt):
+        assert tokenizer is not None
+        context, question, answer = split_conversation(tokenizer, prompt, number)
+        if answer is None:
+            answer = [0] * MAX_SAMPLED  # any tokens: only their number is used
+        return _Draft("chat", context, [(question, answer)], False, [], _end_tokens(model))
     if isinstance(prompt, str):
         assert tokenizer is not None
         ids = list(tokenizer(prompt).input_ids)
     elif isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
         ids = prompt.tolist()
     else:
-        raise CalibrationError(f"prompt {number} is {type(prompt).__name__}: pass a text, a 1-D integer torch.Tensor or a Prompt")
+        raise CalibrationError(
+            f"prompt {number} is {type(prompt).__name__}: pass a text, a 1-D integer torch.Tensor, a Prompt or a conversation "
+            '(a list of messages {"role": ..., "content": ...})'
+        )
     tail = min(MAX_SAMPLED, len(ids) // 8)
     if tail == 0:
         raise CalibrationError(f"prompt {number} has {len(ids)} tokens: at least 8 are needed, hundreds are useful")
@@ -186,6 +213,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _sample_length(draft: _Draft, turn: int) -> int:
     return min(MAX_SAMPLED, len(draft.turns[turn][1]))
+
+
+def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens at which `generate` stops."""
+    ends = model.generation_config.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def _until_end(sample: list[int], ends: frozenset[int]) -> list[int]:
+    """The sample up to its first end token, which is predicted too."""
+    return next((sample[: i + 1] for i, token in enumerate(sample) if token in ends), sample)
 
 
 def _batches(drafts: list[_Draft], turn: int) -> list[list[_Draft]]:

@@ -119,9 +119,9 @@ def optimal_allocation(
         model: a decoder with transformers' attention interface; measure in float32 if you can.
         budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included. It holds from the
             median length of the prompts on, or, if it is in bytes at a shorter context, from that.
-        prompts: texts, 1-D tensors of token ids, or `Prompt`s; a third of them decide, the others calibrate. By default
-            96 of the package's own.
-        tokenizer: for prompts that are text; by default the one saved with the model.
+        prompts: texts, 1-D tensors of token ids, conversations (lists of messages, for a tokenizer with a chat template), or
+            `Prompt`s; a third of them decide, the others calibrate. By default 96 of the package's own.
+        tokenizer: for prompts that are no token ids; by default the one saved with the model.
         scorer: a name in SCORERS, or a scorer itself, as SnapKV(window=16); one that is in no registry cannot be saved.
         objective: which information the heads retain most of: "usable", about the next tokens, or one that
             `ib_analysis.search.objectives.objective_names()` lists, which tells of the cache itself. These are cheap, but they do

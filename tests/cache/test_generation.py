@@ -1,5 +1,7 @@
 """Text by greedy decoding, with the full cache or a compressed one."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -57,6 +59,20 @@ def test_every_token_is_predicted_from_the_compressed_cache(loaded):
         first_logits.append(seen)
     assert torch.equal(first_logits[0][0], first_logits[1][0])
     assert (first_logits[0][1] - first_logits[1][1]).abs().max() > 0.1
+
+
+def test_a_chat_gets_an_answer(embedded):
+    """The text is what a user says in the template."""
+    model, tokenizer = embedded
+    chatting = deepcopy(tokenizer)
+    chatting.chat_template = (
+        "<s>{{ messages[0]['role'] }}: {{ messages[0]['content'] }}{% if add_generation_prompt %} Then{% endif %}"
+    )
+    answer = generate_text(model, chatting, TEXT, 8, chat=True)
+    assert answer == generate_text(model, tokenizer, f"user: {TEXT} Then", 8)
+    assert generate_text(model, chatting, TEXT, 8) == generate_text(model, tokenizer, TEXT, 8) != answer
+    with pytest.raises(IBAnalysisError, match="no chat template"):
+        generate_text(model, tokenizer, TEXT, 8, chat=True)
 
 
 def test_refusals(embedded):

@@ -1,5 +1,6 @@
 """Prompts become examples: what is compressed, what follows, what is predicted."""
 
+from copy import deepcopy
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ib_analysis.errors import CalibrationError
-from ib_analysis.replay.examples import make_examples
+from ib_analysis.replay.examples import Prompts, make_examples
 from ib_analysis.tasks import TASKS, Prompt
 
 
@@ -61,6 +62,101 @@ def test_texts_and_token_ids_are_split(embedded):
     assert example.prefill.tolist() == ids[: 160 - 20 - 1].tolist()
     assert len(example.predicting) == 20 and len(example.asked) == 0
     assert make_examples(model, tokenizer, ["word " * 100])[0].task == "text"
+
+
+MESSAGES = [
+    {"role": "user", "content": "The farmer sold the red apple to the old sailor. " * 8},
+    {"role": "assistant", "content": "I see."},
+    {"role": "user", "content": "Who bought it?"},
+]
+
+
+@pytest.fixture
+def chatting(embedded):
+    """The embedded model, with a tokenizer that has a chat template."""
+    tokenizer = deepcopy(embedded[1])
+    tokenizer.chat_template = (
+        "<s>{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    return embedded[0], tokenizer
+
+
+def test_conversations_are_rendered_with_the_chat_template(chatting):
+    model, tokenizer = chatting
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    aware, agnostic = (make_examples(model, tokenizer, [MESSAGES], question_aware=flag)[0] for flag in (True, False))
+    assert aware.task == "chat" and len(aware.asked) == 0
+    assert aware.prefill.tolist() == ids[:-1]
+    assert tokenizer.decode(agnostic.prefill).endswith("I see.</s>\n<user>\n")
+    for example in (aware, agnostic):
+        everything = torch.cat([example.prefill, example.followup]).tolist()
+        assert everything[: len(ids)] == ids
+        assert (example.predicting + len(example.prefill)).tolist() == list(range(len(ids) - 1, len(everything)))
+        assert 1 <= len(example.predicting) <= 32
+
+
+def test_a_long_message_alone_is_compressed_whole(chatting):
+    model, tokenizer = chatting
+    aware, agnostic = (make_examples(model, tokenizer, [MESSAGES[:1]], question_aware=flag)[0] for flag in (True, False))
+    assert torch.equal(aware.prefill, agnostic.prefill)
+    assert len(aware.followup) == len(aware.predicting)
+
+
+def test_the_last_word_of_the_assistant_gives_way_to_the_model(chatting):
+    model, tokenizer = chatting
+    short, long = ([*MESSAGES, {"role": "assistant", "content": text}] for text in ("The sailor.", "The old sailor. " * 30))
+    tokens = len(tokenizer("The sailor.", add_special_tokens=False).input_ids)
+    examples = make_examples(model, tokenizer, [short, long, MESSAGES])
+    assert all(torch.equal(example.prefill, examples[0].prefill) for example in examples)
+    assert 1 <= len(examples[0].predicting) <= tokens
+    assert max(len(example.predicting) for example in examples) <= 32
+
+
+@pytest.mark.parametrize(("ends", "tokens"), [(None, 32), (2040, 32), (list(range(2040)), 1)])
+def test_an_answer_ends_where_generate_stops(chatting, ends, tokens):
+    model, tokenizer = deepcopy(chatting[0]), chatting[1]
+    model.generation_config.eos_token_id = ends
+    chat, text = make_examples(model, tokenizer, [MESSAGES, torch.arange(3, 163)])
+    assert len(chat.predicting) == tokens
+    assert len(chat.followup) == tokens  # the last prompt token, and all sampled ones but the last
+    assert len(text.predicting) == 20
+
+
+def test_conversations_and_other_prompts_together(chatting):
+    model, tokenizer = chatting
+    prompts: Prompts = [MESSAGES, "The farmer sold the red apple. " * 9, torch.arange(3, 163), TASKS["needles"](Random(3), 200)]
+    assert [example.task for example in make_examples(model, tokenizer, prompts)] == ["chat", "text", "text", "needles"]
+
+
+@pytest.mark.parametrize("prompts", [MESSAGES, [{"messages": MESSAGES}]])
+def test_one_conversation_is_no_list_of_conversations(chatting, prompts):
+    model, tokenizer = chatting
+    with pytest.raises(CalibrationError, match="prompt 0 is a dict: a conversation is a list of messages"):
+        make_examples(model, tokenizer, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "without messages"),
+        ([{"role": "user", "content": 3}], "content of type int"),
+        ([*MESSAGES, {"role": "assistant", "content": ""}], "empty answer"),
+        (["Who?"], "is list: pass a text, .* or a conversation"),
+    ],
+)
+def test_bad_conversations(chatting, prompt, said):
+    model, tokenizer = chatting
+    with pytest.raises(CalibrationError, match=f"prompt 1 .*{said}"):
+        make_examples(model, tokenizer, [MESSAGES, prompt])
+
+
+def test_conversations_need_a_chat_template(embedded, small_llama):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match=r"prompt 1 .*no chat template"):
+        make_examples(model, tokenizer, ["word " * 100, MESSAGES])
+    with pytest.raises(CalibrationError, match="no tokenizer"):
+        make_examples(small_llama, None, [MESSAGES])
 
 
 @pytest.mark.parametrize(
