@@ -34,6 +34,7 @@ from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.cache.tiers import ranks
 from ib_analysis.errors import CalibrationError, UnsupportedModelError
 from ib_analysis.replay.examples import Example
+from ib_analysis.replay.growing import Row, decoder_layers, growing, growth
 from ib_analysis.scorers import Scorer
 
 LOGIT_ELEMENTS = 2**24  # over all plans of a batch
@@ -204,9 +205,20 @@ class Replay:
     @torch.no_grad()
     def _logits(self, tried: Sequence[PlansToTry]) -> Tensor:
         """Logits fp32 [A, read positions, V] of the follow-up."""
-        cache = cache_argument(self.model, Cache(layers=self.followup_layers(tried)))
+        layers = decoder_layers(self.model, len(self.layers))
+        if layers is None:
+            rows = [[plans[i] for plans in tried] for i in range(len(self.layers))]
+            return self._read_followup(rows, len(tried))
+        batch = growth(tried, len(self.layers))
+        with growing(layers, batch.parents):
+            logits = self._read_followup(batch.rows, 1)
+        return logits if batch.last == list(range(len(logits))) else logits[batch.last]
+
+    def _read_followup(self, rows: Sequence[Sequence[Row]], width: int) -> Tensor:
+        """Logits of the follow-up, fp32 [rows of the last layer, read positions, V]; the first layer reads `width` rows."""
+        cache = cache_argument(self.model, Cache(layers=self.followup_layers(rows)))
         with borrowed(self.model):
-            return self.model(self.example.followup.expand(len(tried), -1), **cache, logits_to_keep=self.read).logits.float()
+            return self.model(self.example.followup.expand(width, -1), **cache, logits_to_keep=self.read).logits.float()
 
     def _batches(self, tried: Sequence[PlansToTry]) -> list[Sequence[PlansToTry]]:
         largest = max(layer.kv_heads * layer.head_dim for layer in self.spec.shape.layers)
@@ -215,19 +227,19 @@ class Replay:
         size = max(1, min(by_keys, by_logits))
         return [tried[i : i + size] for i in range(0, len(tried), size)]
 
-    def followup_layers(self, tried: Sequence[PlansToTry], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:
-        """Cache layers for a follow-up under each of the plans tried, as one batch."""
+    def followup_layers(self, rows: Sequence[Sequence[Row]], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:
+        """Cache layers for a follow-up whose rows are given this in each layer, as one batch."""
         layers: list[CacheLayerMixin] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
-                layers.append(_repeated(layer, len(tried)))
+                layers.append(_repeated(layer, len(rows[i])))
             else:
-                parts = self._parts(i, [plans[i] for plans in tried])
+                parts = self._parts(i, rows[i])
                 layers.append(ReplayLayer(parts, self.length, None if probes is None else probes[i]))
         return layers
 
-    def _parts(self, layer: int, rows: Sequence[Sequence[HeadPlan | None] | None]) -> list[ContextPart]:
-        """One layer's context under each of the plans. What several plans give a head is compressed once."""
+    def _parts(self, layer: int, rows: Sequence[Row]) -> list[ContextPart]:
+        """One layer's context for each row. What several rows give a head is compressed once."""
         heads = len(self.ranks[layer])
         pairs: dict[tuple[int, HeadPlan | None], list[int]] = {}
         for a, row in enumerate(rows):

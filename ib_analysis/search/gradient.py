@@ -61,7 +61,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
         ).requires_grad_()
         for i in replay.spec.shape.compressible
     }
-    layers = replay.followup_layers([[None] * len(replay.layers)], probes)
+    layers = replay.followup_layers([[None]] * len(replay.layers), probes)
     with torch.enable_grad():
         cache = cache_argument(replay.model, Cache(layers=layers))
         with borrowed(replay.model):

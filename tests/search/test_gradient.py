@@ -124,7 +124,7 @@ def reference_prices(replay, options):
 
 def context_of(replay, layer, head, option):
     """Keys and values of the tokens that a head keeps under an option, in float64."""
-    part = replay.followup_layers([replay.spec.single_head((layer, head), option)])[layer].parts
+    part = replay.followup_layers([[row] for row in replay.spec.single_head((layer, head), option)])[layer].parts
     keys, values, kept = next(
         (some.keys[i], some.values[i], some.kept[i]) for some in part for i in range(len(some.pairs)) if head in some.pairs[i]
     )
