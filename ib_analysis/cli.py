@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--minutes", type=float, help="about how long it may take; Ctrl-C ends it too, with the best so far")
     allocate.set_defaults(run=_allocate)
 
+    report = commands.add_parser(
+        "report", help="four budgets of a model, the optimal allocation beside every policy, on fresh prompts"
+    )
+    _add_calibration(report, "folder for report.md, its figures, the allocation at 1/8 and the profile")
+    _add_tasks(report)
+    report.add_argument("--held-out", type=Path, help='JSON lines {"text": ...} to measure on, of other documents than --prompts')
+    report.set_defaults(run=_report)
+
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
     _add_calibration(plane, "folder for both figures, their tables and the profile")
     plane.set_defaults(run=_plane)
@@ -162,6 +170,33 @@ def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[s
         "seed": arguments.seed,
         "profile_path": arguments.out / "profile.safetensors",
     }
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.report import write_report
+    from ib_analysis.files import read_prompts
+    from ib_analysis.replay.examples import PROMPT_LENGTH
+    from ib_analysis.search.optimize import PROMPTS
+    from ib_analysis.tasks.mixture import MIXTURE, mixture
+
+    if (arguments.prompts is None) != (arguments.held_out is None):
+        raise IBAnalysisError("--prompts calibrates and --held-out measures: pass both, or none for the package's own prompts")
+    tasks = arguments.tasks or MIXTURE
+    fresh: Any = (
+        mixture("held out", PROMPTS, PROMPT_LENGTH, tasks) if arguments.held_out is None else read_prompts(arguments.held_out)
+    )
+    model, calibration = _calibration(arguments)
+    write_report(
+        model,
+        calibration["tokenizer"],
+        calibration["prompts"] or mixture(f"calibration {arguments.seed}", PROMPTS * 3 // 2, PROMPT_LENGTH, tasks),
+        fresh,
+        arguments.out,
+        name=str(arguments.model or "Embedded model"),
+        scorer=arguments.scorer,
+        question_aware=not arguments.question_agnostic,
+        seed=arguments.seed,
+    )
 
 
 def _plane(arguments: argparse.Namespace) -> None:

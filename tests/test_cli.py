@@ -122,6 +122,8 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded):
         (["allocate", "--budget", "1/4", "--out", "OUT", "--objective", "nothing"], "usable, code_rate"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "maths"], "retrieval, needles"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "text", "--prompts", "PROMPTS"], "one of them"),
+        (["report", "--out", "OUT", "--prompts", "PROMPTS"], "pass both"),
+        (["report", "--out", "OUT", "--prompts", "PROMPTS", "--held-out", "no/such/file"], "no/such/file"),
         (["demo", "--out", "OUT", "--prompts", "7"], "pass 8 or more"),
         (["demo", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv, streaming_llm"),
         (["demo", "--out", "OUT", "--task", "maths"], "retrieval, needles"),
@@ -153,7 +155,7 @@ def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file,
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("allocation*"))
 
 
-COMMANDS = ("demo", "allocate", "plane", "estimators", "objectives", "generate")
+COMMANDS = ("demo", "allocate", "report", "plane", "estimators", "objectives", "generate")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,7 @@ from ib_analysis.errors import BudgetError
 from ib_analysis.replay.replays import Replays
 from ib_analysis.search.knapsack import solve
 from ib_analysis.search.profile import Profile
+from ib_analysis.search.worth_measuring import FIRST_PROMPTS, spread
 
 NEIGHBOURS = 6  # options of each head that are measured around the joint solution
 MAX_MOVES = 256  # of a round: those of the least reduced cost, where there are many heads
@@ -20,10 +23,10 @@ TINY_BITS = 1e-9
 def refine(profile: Profile, replays: Replays, limit: ByteLimit, choice: NDArray[np.int64]) -> NDArray[np.int64]:
     """Moves around a joint solution, measured with all other heads compressed as they are in it.
 
-    In each round, every head's most promising options by reduced cost are measured in place of the chosen one, and the
-    knapsack is solved again with these losses. A round that does not lower the measured loss ends it. The interaction
-    between heads, which single-head losses miss, matters most at tight budgets. Nothing is tried that exceeds the limit,
-    or its share at a longer context.
+    In each round, every head's most promising options by reduced cost are measured in place of the chosen one on a few prompts,
+    and the knapsack is solved again with these losses. A round that does not lower the loss measured on all prompts ends it.
+    The interaction between heads, which single-head losses miss, matters most at tight budgets. Nothing is tried that exceeds
+    the limit, or its share at a longer context.
     """
     nbytes = profile.nbytes()
     best = choice
@@ -32,8 +35,9 @@ def refine(profile: Profile, replays: Replays, limit: ByteLimit, choice: NDArray
         pairs = _promising(profile, nbytes, best)
         moved = [_with(best, head, option) for head, option in pairs]
         losses = np.full(profile.loss_bits.shape, np.inf)
-        losses[np.arange(len(best)), best] = best_loss
-        losses[tuple(np.array(pairs).T)] = _joint_loss(profile, replays, moved)
+        by_move = _joint_loss(profile, replays, [best, *moved], spread(len(replays), FIRST_PROMPTS))
+        losses[np.arange(len(best)), best] = by_move[0]
+        losses[tuple(np.array(pairs).T)] = by_move[1:]
         feasible = [m for m in moved if nbytes[np.arange(len(m)), m].sum() <= limit.spare]
         singles = sorted(feasible, key=lambda m: losses[_changed(best, m)])
         single = next(([m] for m in singles if limit.excess(profile.plans(m)) == 0), [])
@@ -61,9 +65,11 @@ def _changed(before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[int, 
     return head, int(after[head])
 
 
-def _joint_loss(profile: Profile, replays: Replays, choices: list[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """Measured loss in bits per predicted token of each choice, all heads together."""
-    kl_bits, _ = replays.measure([profile.plans(choice) for choice in choices], show="measuring jointly")
+def _joint_loss(
+    profile: Profile, replays: Replays, choices: list[NDArray[np.int64]], numbers: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Measured loss in bits per predicted token of each choice, all heads together, on these prompts or all."""
+    kl_bits, _ = replays.measure([profile.plans(choice) for choice in choices], "measuring jointly", numbers)
     means: NDArray[np.float64] = kl_bits.mean(0)
     return means
 

@@ -11,7 +11,8 @@ import pytest
 import ib_analysis as ib
 from ib_analysis.cache.plan import HeadPlan, Tier
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
-from ib_analysis.experiments.demo import SEED, SHARES, SHOWN_SHARE, run
+from ib_analysis.experiments.demo import SEED, run
+from ib_analysis.experiments.report import SHARES, SHOWN_SHARE
 from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import PROMPT_LENGTH, make_examples
 from ib_analysis.replay.replays import Replays

@@ -114,6 +114,7 @@ def test_layers_of_another_form_are_not_taken():
 
 def test_hooks_are_removed(small_llama):
     layers = decoder_layers(small_llama, 2)
+    assert layers is not None
     with suppress(KeyError), growing(layers, [[0, 0], [0, 1]]):
         assert len(layers[0]._forward_pre_hooks) == 1 and not layers[1]._forward_pre_hooks
         raise KeyError

@@ -64,6 +64,14 @@ def test_another_thread_listens_to_nothing():
     assert found == [signal.getsignal(signal.SIGINT)]
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Also where tests run in the background, in which Python ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def prompts():
     return mixture("clock", 6, 96)
