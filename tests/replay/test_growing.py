@@ -1,6 +1,7 @@
 """Plans that agree so far are computed once, and each predicts what it predicts alone."""
 
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ SIZES = {
 }
 EXPERTS = {"num_local_experts": 3, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TYPES = {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-CONFIGS = {
+CONFIGS: dict[Any, dict[str, Any]] = {
     LlamaConfig: {},
     MistralConfig: {"sliding_window": None},
     Qwen2Config: {},
