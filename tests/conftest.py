@@ -36,6 +36,16 @@ def bench(embedded, tmp_path_factory):
 @pytest.fixture
 def small_llama():
     """A random Llama of two layers with two KV heads each, whose attention is far from uniform."""
+    return random_llama()
+
+
+@pytest.fixture(scope="session")
+def shared_llama():
+    """The same, made once; no test may change it."""
+    return random_llama()
+
+
+def random_llama():
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
