@@ -21,7 +21,7 @@ from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import PROMPT_LENGTH, make_examples
 from ib_analysis.replay.measurement import Measurement, Sample, best_plans, sample_plans
 from ib_analysis.replay.replays import Replays
-from ib_analysis.scorers import Scorer
+from ib_analysis.scorers import Scorer, get_scorer
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.optimize import PROMPTS, Workbench, allocate_all, prepare
 from ib_analysis.tasks import TASKS
@@ -60,6 +60,7 @@ def run(
 
     A killed calibration goes on from where it was; a finished one is used again.
     """
+    scorer = get_scorer(scorer)  # an unknown name fails here, not when prompts are there
     model, tokenizer = load()
     print("Embedded model: accuracy and baselines, from its card\n", measured(CARD.read_text()), sep="\n")
     prompts = mixture(f"calibration {SEED}", calibrating, PROMPT_LENGTH, tasks)
