@@ -32,11 +32,11 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["ib-analysis", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         capsys.readouterr()
-        status: object = 0
+        status = 0
         try:
             cli.main()
         except SystemExit as end:
-            status = end.code
+            status = int(end.code or 0)
         return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return run_here
