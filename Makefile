@@ -34,6 +34,8 @@ demo: setup
 
 # Waiting threads sleep: spinning ones, the default, are twice as fast alone but crawl when cores are shared.
 check test test-interpreted: export OMP_WAIT_POLICY ?= PASSIVE
+# Only the first of many processes compiles what all import, even where a user's Python keeps no bytecode: seconds each.
+check test test-interpreted: export PYTHONDONTWRITEBYTECODE :=
 check: export OMP_NUM_THREADS ?= 1
 
 # What a person runs before a commit: lint, types and every test that takes no more than a few seconds.

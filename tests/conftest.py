@@ -11,6 +11,15 @@ LENGTH = 256
 SMALLEST_SHARE = 1 / 16
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's --no-loadscope-reorder, which versions before 3.7 do not know
+
+
+def pytest_collection_modifyitems(items):
+    """From the whole to its parts: files that take long come first, and no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path, reverse=True)
+
+
 @pytest.fixture(scope="session")
 def embedded():
     """(model, tokenizer); no test may change them."""
@@ -36,6 +45,16 @@ def bench(embedded, tmp_path_factory):
 @pytest.fixture
 def small_llama():
     """A random Llama of two layers with two KV heads each, whose attention is far from uniform."""
+    return random_llama()
+
+
+@pytest.fixture(scope="session")
+def shared_llama():
+    """The same, made once; no test may change it."""
+    return random_llama()
+
+
+def random_llama():
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 

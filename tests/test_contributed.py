@@ -66,7 +66,7 @@ def run(monkeypatch, *arguments):
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")
 def test_the_demo_takes_all_of_them(rows, monkeypatch, tmp_path, capsys):
     out = tmp_path / "demo"
-    run(monkeypatch, "demo", "--out", out, "--prompts", 12, "--scorer", "key_norm", "--task", "reversal", "--task", "text")
+    run(monkeypatch, "demo", "--out", out, "--prompts", 8, "--scorer", "key_norm", "--task", "reversal", "--task", "text")
     report = (out / "report.md").read_text()
     assert report in capsys.readouterr().out
     lines = [line for line in report.splitlines() if "| pyramid |" in line]
@@ -95,7 +95,7 @@ def test_the_command_line_and_the_information_table_take_all_of_them(rows, monke
     )
     heads = table[table.side == "both"]
     assert (heads.channelwise_bits.dropna() >= 0).all() and (heads.channelwise_bits > 0).any()
-    run(monkeypatch, "estimators", next(iter(KNOWN_TASKS)), "--samples", 500)
+    run(monkeypatch, "estimators", next(iter(KNOWN_TASKS)), "--samples", 100)
     assert "channelwise" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(monkeypatch, "allocate", "--budget", "1/4", "--out", out, "--scorer", "nothing")

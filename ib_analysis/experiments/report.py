@@ -17,7 +17,7 @@ from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import Prompts, make_examples
 from ib_analysis.replay.measurement import Measurement, Sample, best_plans, sample_plans
 from ib_analysis.replay.replays import Replays
-from ib_analysis.scorers import Scorer
+from ib_analysis.scorers import Scorer, get_scorer
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.optimize import Workbench, allocate_all, prepare
 
@@ -56,6 +56,7 @@ def write_report(
     `name` is the model's in the report, `answers` adds lines to it. A killed calibration goes on from where it was; a finished
     one is used again.
     """
+    scorer = get_scorer(scorer)  # an unknown name fails here, not when prompts are there
     bench = prepare(
         model,
         make_examples(model, tokenizer, calibrating, question_aware=question_aware, seed=seed),

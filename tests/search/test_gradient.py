@@ -104,8 +104,9 @@ def prices(replay, options):
 
 
 def reference_prices(replay, options):
-    """The same in float64, from a replay of every option of every head: [heads, options]."""
+    """The same in float64, from a replay of every option in every head: [heads, options]."""
     answered, gradients = _score_gradients(replay, torch.Generator().manual_seed(0))
+    layers = replay.followup_layers(list(zip(replay.spec.full_plans, *map(replay.spec.uniform, options))))
     rows = []
     for layer, head in replay.spec.shape.heads:
         one = answered[layer]
@@ -113,25 +114,23 @@ def reference_prices(replay, options):
         query = one.query.detach()[0].double().reshape(kv_heads, -1, head_dim)[head]
         direction = gradients[layer].double().reshape(len(gradients[layer]), kv_heads, -1, head_dim)[:, head]
         own = (one.new_keys.detach()[0, head].double(), one.new_values.detach()[0, head].double())
-        full = attended(query, context_of(replay, layer, head, None), own, one.scaling)
-        row = []
-        for option in options:
-            change = attended(query, context_of(replay, layer, head, option), own, one.scaling) - full
-            row.append(float((direction * change).sum((1, 2)).square().mean() / 2))
-        rows.append(row)
+        contexts = contexts_of(replay, layers[layer], head, kv_heads)
+        full, *outputs = [attended(query, context, own, one.scaling) for context in contexts]
+        rows.append([float((direction * (output - full)).sum((1, 2)).square().mean() / 2) for output in outputs])
     return np.array(rows) / len(replay.example.predicting) / np.log(2)
 
 
-def context_of(replay, layer, head, option):
-    """Keys and values of the tokens that a head keeps under an option, in float64."""
-    part = replay.followup_layers([[row] for row in replay.spec.single_head((layer, head), option)])[layer].parts
-    keys, values, kept = next(
-        (some.keys[i], some.values[i], some.kept[i]) for some in part for i in range(len(some.pairs)) if head in some.pairs[i]
-    )
-    first, rest = replay.first, replay.first + replay.tokens
-    visible = kept.clone()
-    visible[:first] = visible[rest:] = True
-    return keys[visible].double(), values[visible].double()
+def contexts_of(replay, layer, head, kv_heads):
+    """Keys and values of the tokens that a head of a layer keeps under each of the plans tried, in float64."""
+    first, rest, found = replay.first, replay.first + replay.tokens, {}
+    for part in layer.parts:
+        for keys, values, kept, pairs in zip(part.keys, part.values, part.kept, part.pairs.tolist()):
+            visible = kept.clone()
+            visible[:first] = visible[rest:] = True
+            for pair in pairs:
+                if pair % kv_heads == head:
+                    found[pair // kv_heads] = (keys[visible].double(), values[visible].double())
+    return [found[plan] for plan in sorted(found)]
 
 
 def attended(query, context, own, scaling):

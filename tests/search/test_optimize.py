@@ -1,7 +1,7 @@
 """From prompts to an allocation, on the embedded model: within the budget, better than uniform, predicted as measured."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from ib_analysis.experiments.heads import information
 from ib_analysis.model.fingerprint import weights_digest
 from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import make_examples
-from ib_analysis.replay.measurement import sample_plans
+from ib_analysis.replay.measurement import best_plan, sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.calibration import calibrate
@@ -79,9 +79,9 @@ def test_better_than_the_best_uniform_cell(share, allocations, bench, held_out):
     """The uniform cell is chosen on the held-out prompts themselves."""
     profile = bench.profile
     cells = [cell.plans for cell in POLICIES["uniform"](profile.spec, profile.limit(share))]
-    sample = sample_plans(held_out, [allocations[share].plans, *cells])
-    means = sample.kl_bits.mean(0)
-    assert means[0] < means[1:].min()
+    sample = sample_plans(held_out, [allocations[share].plans, cells[best_plan(held_out, cells)]])
+    optimal, uniform = sample.kl_bits.mean(0)
+    assert optimal < uniform
 
 
 def test_predicted_loss_is_the_measured_one(bench, held_out):
@@ -95,13 +95,20 @@ def test_predicted_loss_is_the_measured_one(bench, held_out):
     assert spearmanr(predicted, measured).statistic >= 0.9
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_predicted_loss_of_the_chosen_is_near_the_measured_one(share, allocations, embedded):
-    """16 prompts calibrate: others lose up to three times as much (on 240 of them 2.2, 3.0 and 1.1 times at these budgets)."""
+@pytest.fixture(scope="module")
+def fresh(bench, embedded):
+    """What `validate` measures on, by default: of other prompts, tokens that are sampled by another seed."""
     model, tokenizer = embedded
-    checked = allocations[share].validate(model, mixture("tests fresh", 60, LENGTH), tokenizer=tokenizer)
-    assert checked.validation.prompts == 60
-    assert 0.5 <= checked.held_out_ratio <= 3
+    examples = make_examples(model, tokenizer, mixture("tests fresh", 60, LENGTH), seed=1)
+    return Replays(model, bench.profile.spec, examples)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_predicted_loss_of_the_chosen_is_near_the_measured_one(share, allocations, fresh):
+    """16 prompts calibrate: others lose up to three times as much (on 240 of them 2.2, 3.0 and 1.1 times at these budgets)."""
+    measured = sample_plans(fresh, [allocations[share].plans]).measurement(0)
+    assert measured.prompts == 60
+    assert 0.5 <= replace(allocations[share], validation=measured).held_out_ratio <= 3
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -230,13 +237,12 @@ def test_whole_budget_is_the_full_cache(embedded):
         assert torch.equal(model(ids, **cache_argument(model, allocation.cache(model))).logits, expected)
 
 
-def test_same_seed_same_allocation(embedded):
-    model, _ = embedded
+def test_same_seed_same_allocation(small_llama, small_prompts):
     found = []
-    for _ in range(2):
+    for seed in (3, 3, 4):
         with pytest.warns(UserWarning, match="prompts calibrate"):
-            found.append(optimal_allocation(model, 1 / 4, prompts=mixture("same", 6, 128), seed=3))
-    assert found[0] == found[1]
+            found.append(optimal_allocation(small_llama, 1 / 4, prompts=small_prompts, seed=seed))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_killed_calibration_goes_on(bench, tmp_path, monkeypatch):
