@@ -15,7 +15,7 @@ from ib_analysis.search.profile import Profile
 from ib_analysis.search.worth_measuring import FIRST_PROMPTS, spread
 
 NEIGHBOURS = 6  # options of each head that are measured around the joint solution
-MAX_MOVES = 256  # of a round: those of the least reduced cost, where there are many heads
+MAX_MOVES = 64  # of a round: those of the least reduced cost, where there are many heads
 ROUNDS = 2
 TINY_BITS = 1e-9
 

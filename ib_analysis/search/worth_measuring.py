@@ -13,14 +13,13 @@ from tqdm import tqdm
 from ib_analysis.cache.spec import ByteLimit
 from ib_analysis.errors import CalibrationError
 from ib_analysis.replay.replays import Replays
-from ib_analysis.search.price_law import Table
 from ib_analysis.search.profile import Profile
 
 DRAWS = 8  # of what losses may be, in a round
-GAIN = 0.01  # of the loss: what knowing all losses must promise, for more to be measured
+GAIN = 0.05  # of the loss: what knowing all losses must promise, for more to be measured
 SOLVER_GAP = 0.005
 FIRST_PROMPTS = 16  # of an option; what still matters then is measured on all
-MAX_OPTIONS = 256  # of a round
+MAX_OPTIONS = 64  # of a round: those that are worth most
 MAX_ROUNDS = 200
 
 Options = set[tuple[int, int]]  # (head, option)
@@ -36,11 +35,11 @@ def measure_worthwhile(profile: Profile, replays: Replays, limits: Sequence[Byte
     unsettled = list(limits)
     with tqdm(desc="measuring heads", leave=False) as progress:
         for _ in range(MAX_ROUNDS):
-            found = [_worth_measuring(profile, limit) for limit in unsettled]
-            unsettled = [limit for limit, wanted in zip(unsettled, found) if wanted]
+            worth = [_worth_measuring(profile, limit) for limit in unsettled]
+            unsettled = [limit for limit, some in zip(unsettled, worth) if some]
             if not unsettled:
                 return
-            wanted = sum(found, Counter()).most_common(MAX_OPTIONS)
+            wanted = sum(worth, Counter()).most_common(MAX_OPTIONS)
             measure_options(profile, replays, {option for option, _ in wanted})
             progress.update(len(wanted))
             if path is not None:
@@ -49,20 +48,25 @@ def measure_worthwhile(profile: Profile, replays: Replays, limits: Sequence[Byte
 
 
 def _worth_measuring(profile: Profile, limit: ByteLimit) -> Counter[tuple[int, int]]:
-    """How often each (head, option) is chosen whose loss is not known yet; nothing if knowing could gain little."""
+    """What knowing the loss of each (head, option) may be worth: how often it is chosen, times how uncertain it is, in bits.
+
+    Nothing if knowing them all could gain little.
+    """
     law, heads = profile.law, np.arange(len(profile.loss_bits))
-    best = profile.solve(limit, law.expected, gap=SOLVER_GAP)
     generator = np.random.default_rng(int(profile.measured_prompts.sum()))  # the same where a killed search goes on
-    gain, chosen = 0.0, [best.choice]
-    for _ in range(DRAWS):
-        losses: Table = law.draw(generator)
-        other = profile.solve(limit, losses, gap=SOLVER_GAP)
-        gain += (losses[heads, best.choice].sum() - other.loss) / DRAWS
-        chosen.append(other.choice)
-    if gain <= GAIN * best.loss:
-        return Counter()
-    known = profile.measured_prompts == profile.prompts
-    return Counter((head, option) for choice in chosen for head, option in enumerate(choice.tolist()) if not known[head, option])
+    drawn = [law.draw(generator) for _ in range(DRAWS)]
+    best = profile.solve(limit, law.expected, gap=SOLVER_GAP)
+    others = [profile.solve(limit, losses, gap=SOLVER_GAP) for losses in drawn]
+    gain = np.mean([losses[heads, best.choice].sum() - other.loss for losses, other in zip(drawn, others)])
+    worth: Counter[tuple[int, int]] = Counter()
+    if gain > GAIN * best.loss:
+        error_bits = np.std(drawn, axis=0)  # [U, O]
+        error_bits[profile.measured_prompts == profile.prompts] = 0.0
+        for choice in (best.choice, *(other.choice for other in others)):
+            for head, option in enumerate(choice.tolist()):
+                if error_bits[head, option] > 0:
+                    worth[head, option] += error_bits[head, option]
+    return worth
 
 
 def measure_options(profile: Profile, replays: Replays, options: Options) -> None:
