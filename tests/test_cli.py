@@ -108,6 +108,18 @@ def test_allocate_writes_its_files(tmp_path, run_here):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+def test_report_measures_on_other_prompts(tmp_path, run_here):
+    line = json.dumps({"text": "def read(self, size=-1):\n    return self.buffer.read(size)\n" * 8})
+    for name, count in (("calibration", 6), ("fresh", 3)):
+        (tmp_path / name).write_text("\n".join([line] * count))
+    done = run_here("report", "--out", tmp_path / "out", "--prompts", tmp_path / "calibration", "--held-out", tmp_path / "fresh")
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Embedded model, 3 held-out prompts whose cache holds" in report and "Answers" not in report
+    assert sum(line.startswith("| 1/") and "| optimal |" in line for line in report.splitlines()) == 4
+
+
 def test_estimators_prints_every_estimator(tmp_path, run_here):
     tasks = list(KNOWN_TASKS)[:2]
     done = run_here("estimators", *tasks, "--samples", 100, "--csv", tmp_path / "table.csv")
