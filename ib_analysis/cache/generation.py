@@ -9,6 +9,7 @@ from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.errors import IBAnalysisError
 from ib_analysis.model.chat import chat_ids
+from ib_analysis.model.devices import input_device
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def generate_text(
     if tokens < 1:
         raise IBAnalysisError(f"cannot generate {tokens} tokens: ask for at least one")
     prompt = chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else tokenizer(text).input_ids
-    ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)  # [1, T]
+    ids = torch.tensor([prompt], dtype=torch.int64, device=input_device(model))  # [1, T]
     if ids.shape[1] < 2:
         raise IBAnalysisError("the prompt has fewer than two tokens: there is nothing to compress")
     filled = cache_argument(model, DynamicCache(config=model.config) if cache is None else cache)

@@ -7,6 +7,8 @@ import json
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ib_analysis.model.devices import stored_parameters
+
 # Parts of a config that do not change what a model computes.
 ORIGIN = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 LABELS = ("id2label", "label2id", "problem_type")
@@ -25,6 +27,6 @@ def model_fingerprint(config: PreTrainedConfig) -> str:
 def weights_digest(model: PreTrainedModel) -> str:
     """A hash of the first elements of every weight: a model trained further is another model."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for parameter in stored_parameters(model):
         digest.update(parameter.detach().flatten()[:DIGESTED].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.plan import Recent
 from ib_analysis.errors import CalibrationError
+from ib_analysis.model.devices import input_device
 from ib_analysis.model.load import check_model
 from ib_analysis.replay.conversation import Conversation, split_conversation
 from ib_analysis.tasks import Prompt
@@ -100,7 +101,8 @@ def make_examples(
     drafts = [_draft(prompt, tokenizer, number, model) for number, prompt in enumerate(prompts)]
     for number, draft in enumerate(drafts):
         _check(draft, number, model)
-    generator = torch.Generator(device=model.device).manual_seed(int(seed))
+    device = input_device(model)
+    generator = torch.Generator(device).manual_seed(int(seed))
     for turn in range(max(len(draft.turns) for draft in drafts)):
         asking = [draft for draft in drafts if turn < len(draft.turns)]
         asking.sort(key=lambda draft: len(draft.so_far))
@@ -109,7 +111,7 @@ def make_examples(
             steps = max(_sample_length(draft, turn) for draft in batch)
             for draft, sample in zip(batch, _sample(model, inputs, steps, generator).tolist()):
                 draft.sampled.append(_until_end(sample[: _sample_length(draft, turn)], draft.ends))
-    return [_example(draft, question_aware, model.device) for draft in drafts]
+    return [_example(draft, question_aware, device) for draft in drafts]
 
 
 def examples_for(
@@ -240,8 +242,9 @@ def _batches(drafts: list[_Draft], turn: int) -> list[list[_Draft]]:
 def _sample(model: PreTrainedModel, inputs: list[list[int]], steps: int, generator: torch.Generator) -> Tensor:
     """Tokens [B, steps] sampled at temperature 1 after each input."""
     longest = max(map(len, inputs))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in inputs], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=model.device)
+    device = generator.device
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in inputs], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in inputs], device=device)
     cache = cache_argument(model, DynamicCache(config=model.config))
     position = (mask.cumsum(1) - 1).clamp(min=0)
     sampled = []

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ib_analysis.model.devices import is_dispatched
+
 MAX_AT_ONCE = 4  # prompts: each needs memory of its own
 DYNAMIC_ROPE = ("dynamic", "longrope")  # types that set the frequencies of the whole model by the length of the last prompt
 
@@ -21,7 +23,7 @@ Result = TypeVar("Result")
 def prompts_at_once(model: nn.Module, device: torch.device) -> int:
     """How many prompts a model may read at a time: one on a GPU, and where one would disturb another."""
     ropes = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
-    if device.type != "cpu" or any(name in ropes for name in DYNAMIC_ROPE):
+    if device.type != "cpu" or is_dispatched(model) or any(name in ropes for name in DYNAMIC_ROPE):
         return 1
     return min(torch.get_num_threads(), MAX_AT_ONCE)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ib_analysis.cache.attention import borrowed
 from ib_analysis.cache.plan import PlansToTry
 from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.devices import input_device
 from ib_analysis.replay.examples import Example
 from ib_analysis.replay.parallel import give_back_freed, in_order, prompts_at_once
 from ib_analysis.replay.replay import Replay
@@ -30,7 +31,7 @@ class Replays:
 
     def __init__(self, model: PreTrainedModel, spec: CacheSpec, examples: Sequence[Example]) -> None:
         self.model, self.spec, self.examples = model, spec, examples
-        self.at_once = prompts_at_once(model, model.device)
+        self.at_once = prompts_at_once(model, input_device(model))
         self.check: Callable[[], None] = lambda: None  # called after each example; it may raise
         self._kept: dict[int, Replay] = {}
         self._kept_bytes = 0
@@ -56,7 +57,7 @@ class Replays:
         found = in_order(function, numbers, self.at_once)
         with borrowed(self.model), closing(found) as results:
             for result in tqdm(results, desc=show, total=len(numbers), disable=not show, leave=False):
-                if self.model.device.type == "cpu":
+                if input_device(self.model).type == "cpu":
                     give_back_freed()
                 yield result
                 self.check()

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ib_analysis.errors import CalibrationError, ProfileMismatchError
+from ib_analysis.model.devices import input_device
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
 from ib_analysis.replay.replays import Replays
 from ib_analysis.search.candidates import head_options
@@ -60,7 +61,7 @@ def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None
     known = len(profile.prompt_prices)
 
     def prices_of(number: int) -> NDArray[np.float32]:
-        generator = torch.Generator(device=replays.model.device).manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator(input_device(replays.model)).manual_seed(seed * 1_000_003 + number)
         found: NDArray[np.float32] = gradient_losses(replays[number], profile.options, generator).float().cpu().numpy()
         if not np.isfinite(found).all():
             raise CalibrationError(f"gradients are not finite on prompt {number} ({replays.examples[number].task})")

@@ -30,7 +30,8 @@ def gradient_losses(replay: Replay, options: Sequence[HeadPlan], generator: torc
     answered, gradients = _score_gradients(replay, generator)
     with torch.no_grad():
         changes = [output_changes(_attending(replay, heads, answered, gradients), options) for heads in _alike(replay, answered)]
-    nats = torch.cat([change.square().mean(1) / 2 for change in changes])  # over all predicted tokens
+    device = replay.example.followup.device
+    nats = torch.cat([(change.square().mean(1) / 2).to(device) for change in changes])  # over all predicted tokens
     return nats / (len(replay.example.predicting) * math.log(2))
 
 
@@ -40,7 +41,8 @@ def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[
     before: Any = None
     for layer, head in replay.spec.shape.heads:
         rows = answered[layer].query.shape[1:3].numel() // replay.spec.shape.layers[layer].kv_heads  # G * M
-        kind = (replay.spec.shape.layers[layer], rows, answered[layer].scaling, answered[layer].extras.get("softcap"))
+        one = answered[layer]
+        kind = (replay.spec.shape.layers[layer], rows, one.scaling, one.extras.get("softcap"), one.query.device)
         max_heads = max(1, HELD_ELEMENTS // ((rows + 2 * replay.spec.shape.layers[layer].head_dim) * replay.length))
         if kind != before or len(chunks[-1]) == max_heads:
             chunks.append([])
@@ -57,7 +59,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
         i: torch.zeros(
             (1, text.num_attention_heads, len(followup), replay.spec.shape.layers[i].head_dim),
             dtype=replay.model.dtype,
-            device=followup.device,
+            device=replay.context(i).keys.device,
         ).requires_grad_()
         for i in replay.spec.shape.compressible
     }

@@ -1,4 +1,4 @@
-"""From a model and a budget to an allocation: calibrate, choose, refine, and let held-out prompts decide."""
+"""From a model and a budget to an allocation: calibrate, choose, and let held-out prompts decide."""
 
 from __future__ import annotations
 
@@ -32,18 +32,16 @@ from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.clock import Clock
 from ib_analysis.search.knapsack import Solution, curve
 from ib_analysis.search.objectives import OBJECTIVES, USABLE, objective_names, objective_tables
-from ib_analysis.search.price_check import check_prices
+from ib_analysis.search.price_check import HEADS, check_prices
 from ib_analysis.search.profile import Profile
-from ib_analysis.search.refine import refine
 from ib_analysis.search.worth_measuring import measure_worthwhile
 from ib_analysis.tasks.mixture import mixture
 
 PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
-REFINED_FROM_BITS = 0.05  # in-sample loss from which heads interact enough to be measured together
 PROBE = 12  # prompts that tell how long one takes, where the time is limited
 # Shares of a limited time: that prompts may take to be sampled, and when stages end.
-SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL, MOVED_UNTIL = 0.3, 0.75, 0.85, 0.9
+SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL = 0.3, 0.75, 0.9
 
 
 @dataclass(eq=False)
@@ -67,23 +65,31 @@ class Workbench:
         kept = self.tables[objective]
         return kept.max(1, keepdims=True) - kept
 
-    def check_prices(self, share: float) -> None:
-        """Measures a sample of heads, once for a share, for what prices are worth."""
+    def prices_hold(self, share: float) -> bool:
+        """Whether a sample of heads loses what their prices say.
+
+        Of few heads what matters is measured in any case: that takes little, and they lose less on other prompts even where
+        prices hold.
+        """
         profile = self.profile
+        if len(profile.price_bits) <= HEADS:
+            return False
         if share not in profile.checks:
             choice = profile.solve(profile.limit(share)).choice
             profile.checks[share] = check_prices(profile, self.calibration, choice)
             if self.path is not None:
                 profile.save(self.path)
+        return profile.checks[share].holds
 
     def measure(self, limits: Sequence[ByteLimit]) -> None:
-        """Measures what could change the choice within the limits."""
+        """Measures what could change the choice within the limits, unless prices hold there."""
+        limits = [limit for limit in limits if not self.prices_hold(limit.share)]
         measure_worthwhile(self.profile, self.calibration, limits, self.path)
 
     def solve(self, limit: ByteLimit, objective: str) -> tuple[Solution, ByteLimit]:
         """The options of least loss by the objective, summed over heads, within the limit at all lengths, and the lowered limit.
 
-        By the usable objective, those are measured first that could change the choice.
+        By the usable objective, those are measured first that could change the choice, unless prices hold.
         """
         profile = self.profile
         if objective != USABLE:
@@ -93,7 +99,7 @@ class Workbench:
             self.measure([lowered])
             return profile.solve(lowered)
 
-        self.clock.attempt("checking prices", lambda: self.check_prices(limit.share), CHECKED_UNTIL)
+        self.clock.attempt("checking prices", lambda: self.prices_hold(limit.share), CHECKED_UNTIL)
         found = self.clock.attempt("measuring heads", lambda: profile.solve_at_all_lengths(limit, measured), MEASURED_UNTIL)
         return found or profile.solve_at_all_lengths(limit, profile.solve)
 
@@ -131,8 +137,8 @@ def optimal_allocation(
         profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
             if prompts, scorer, sinks and window (which the budget decides) are the same.
         minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
-            of them on a sample of heads, measurement of the options that could change the choice, joint moves where heads
-            interact, a decision on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
+            of them on a sample of heads, measurement of the options that could change the choice if the check fails, a decision
+            on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
             the best allocation so far, with a warning.
 
     Raises BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError, ProfileMismatchError.
@@ -258,8 +264,6 @@ def prepare(
 
 def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
     """The best allocation for each share. Options are measured together for all of them, which is faster than one by one."""
-    for share in shares:
-        bench.check_prices(share)
     bench.measure([bench.profile.limit(share) for share in shares])
     return [allocate(bench, share) for share in shares]
 
@@ -271,10 +275,11 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
     """
     profile, clock = bench.profile, bench.clock
     whole = profile.limit(share)
-    solution, limit = bench.solve(whole, objective)
+    solution, _ = bench.solve(whole, objective)
     candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
-    if objective == USABLE:
-        candidates += _alternatives(bench, whole, limit, solution)
+    if objective == USABLE:  # the cells of all policies may be better where heads stand in for each other
+        cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
+        candidates += [(f"{cell.family}, {cell.setting}", plans) for plans, cell in cells.items()]
     best = clock.attempt("deciding", lambda: best_plan(bench.validation, [plans for _, plans in candidates], "deciding")) or 0
     source, chosen = candidates[best]
     sample = clock.attempt("validating", lambda: sample_plans(bench.validation, [chosen]))
@@ -299,19 +304,6 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
         validation=None if sample is None else sample.measurement(0),
         budget_curve=tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
     )
-
-
-def _alternatives(bench: Workbench, whole: ByteLimit, limit: ByteLimit, solution: Solution) -> list[tuple[str, Plans]]:
-    """What may be better than a solution: moves around it, where heads interact, and the cells of all policies."""
-    profile, found = bench.profile, []
-    if solution.loss > REFINED_FROM_BITS:
-        refined = bench.clock.attempt(
-            "joint moves", lambda: refine(profile, bench.calibration, limit, solution.choice), MOVED_UNTIL
-        )
-        if refined is not None:
-            found.append(("optimal, refined jointly", profile.plans(refined)))
-    cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
-    return found + [(f"{cell.family}, {cell.setting}", plans) for plans, cell in cells.items()]
 
 
 def loss_sum_bits(bench: Workbench, plans: Plans) -> float:

@@ -10,8 +10,9 @@ from scipy.stats import rankdata
 
 from ib_analysis.replay.replays import Replays
 from ib_analysis.search.profile import PriceCheck, Profile
-from ib_analysis.search.worth_measuring import FIRST_PROMPTS, measure_on, spread
+from ib_analysis.search.worth_measuring import spread
 
+PROMPTS = 8
 HEADS = 24  # half of them those of the highest prices, which carry the loss
 RESAMPLES = 2000
 
@@ -19,8 +20,10 @@ RESAMPLES = 2000
 def check_prices(profile: Profile, replays: Replays, choice: NDArray[np.int64]) -> PriceCheck:
     """Measures a sample of heads under their chosen options [U]: half of the highest prices, half spread over the rest."""
     heads = _sample(profile.price_bits[np.arange(len(choice)), choice])
-    numbers = spread(len(profile.prompt_prices), FIRST_PROMPTS)
-    measured = measure_on(profile, replays, list(zip(heads.tolist(), choice[heads].tolist())), numbers, "checking prices")
+    numbers = spread(len(profile.prompt_prices), PROMPTS)
+    options = [profile.options[o] for o in choice[heads]]
+    tried = [profile.spec.single_head(profile.spec.shape.heads[u], option) for u, option in zip(heads, options)]
+    measured, _ = replays.measure(tried, "checking prices", numbers)  # [prompts, heads]
     return _compared(profile.prompt_prices[numbers][:, heads, choice[heads]].astype(np.float64), measured)
 
 
@@ -37,7 +40,7 @@ def _compared(prices: NDArray[np.float64], measured: NDArray[np.float64]) -> Pri
     """From [prompts, heads] of each."""
     draws = np.random.default_rng(0).integers(0, len(prices), (RESAMPLES, len(prices)))
     predicted, found = prices.sum(1), measured.sum(1)  # [prompts]
-    with np.errstate(divide="ignore", invalid="ignore"):  # nothing is lost: no ratio
+    with np.errstate(divide="ignore", invalid="ignore"):  # nothing is lost: no ratio, and the check fails
         ratio = found.sum() / predicted.sum()
         low, high = np.percentile(found[draws].sum(1) / predicted[draws].sum(1), (2.5, 97.5))
     ranks = rankdata(prices.mean(0)), rankdata(measured.mean(0))

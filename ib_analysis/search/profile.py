@@ -23,6 +23,7 @@ VERSION = 3
 TABLES = ("prompt_prices", "loss_bits", "error_bits", "measured_prompts")
 TINY_BITS = 1e-12
 PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
+TOLERANCE = 2.0  # factor between measured losses and prices up to which prices are taken for losses
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class PriceCheck:
     rank_correlation: float  # Spearman's, over heads
     ratio: float  # of the sums
     ratio_interval: tuple[float, float]  # 95%, a bootstrap over prompts
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ratio is within the tolerance: what measuring gains then is within its own error."""
+        return 1 / TOLERANCE <= self.ratio <= TOLERANCE
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PriceCheck:
