@@ -16,7 +16,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.search.profile import Profile
 
 DRAWS = 8  # of what losses may be, in a round
-GAIN = 0.05  # of the loss: what knowing all losses must promise, for more to be measured
+GAIN = 0.01  # of the loss: what knowing all losses must promise, for more to be measured
 SOLVER_GAP = 0.005
 FIRST_PROMPTS = 16  # of an option; what still matters then is measured on all
 MAX_OPTIONS = 64  # of a round: those that are worth most
