@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ib_analysis.cache.spec import ByteLimit
@@ -71,21 +70,14 @@ def _worth_measuring(profile: Profile, limit: ByteLimit) -> Counter[tuple[int, i
 
 def measure_options(profile: Profile, replays: Replays, options: Options) -> None:
     """Measures each option of a head, all other heads left as they are: on a few prompts at first, the second time on all."""
+    heads = profile.spec.shape.heads
     again = sorted(pair for pair in options if profile.measured_prompts[pair])
     for some, numbers in ((sorted(options.difference(again)), spread(len(replays), FIRST_PROMPTS)), (again, range(len(replays)))):
         if some:
-            measure_on(profile, replays, some, numbers)
-
-
-def measure_on(
-    profile: Profile, replays: Replays, options: Sequence[tuple[int, int]], numbers: Sequence[int], show: str = ""
-) -> NDArray[np.float64]:
-    """Measures each (head, option) on these prompts and records it: losses in bits [prompts, options]."""
-    heads = profile.spec.shape.heads
-    kl_bits, _ = replays.measure([profile.spec.single_head(heads[u], profile.options[o]) for u, o in options], show, numbers)
-    for (head, option), losses_bits in zip(options, kl_bits.T):
-        profile.record(head, option, losses_bits)
-    return kl_bits
+            tried = [profile.spec.single_head(heads[head], profile.options[option]) for head, option in some]
+            kl_bits, _ = replays.measure(tried, numbers=numbers)
+            for (head, option), losses_bits in zip(some, kl_bits.T):
+                profile.record(head, option, losses_bits)
 
 
 def spread(count: int, few: int) -> list[int]:

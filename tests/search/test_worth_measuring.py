@@ -11,7 +11,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.profile import Profile
-from ib_analysis.search.worth_measuring import measure_on, measure_options, measure_worthwhile, spread
+from ib_analysis.search.worth_measuring import measure_options, measure_worthwhile, spread
 
 pytestmark = pytest.mark.slow
 
@@ -77,12 +77,10 @@ def test_few_prompts_first_then_all(calibrated, monkeypatch):
 
 def test_measured_is_each_head_alone(calibrated):
     profile, replays = calibrated
-    found = measure_on(profile, replays, [(1, 5), (3, 300)], [2, 0])
-    expected = replays.measure(
-        [profile.spec.single_head((0, 1), profile.options[5]), profile.spec.single_head((1, 1), profile.options[300])]
-    )[0]
-    np.testing.assert_allclose(found, expected[[2, 0]], rtol=1e-5)
-    assert profile.loss_bits[1, 5] == found[:, 0].mean()
+    measure_options(profile, replays, {(1, 5), (3, 300)})
+    for (head, option), (layer, h) in (((1, 5), (0, 1)), ((3, 300), (1, 1))):
+        alone = replays.measure([profile.spec.single_head((layer, h), profile.options[option])])[0].mean()
+        assert profile.loss_bits[head, option] == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_few_are_evenly_spread():
