@@ -35,4 +35,13 @@ def stored_parameters(model: torch.nn.Module) -> Iterator[Tensor]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 hook: Any = getattr(module, "_hf_hook", None)
-                yield hook.weights_map[name] if parameter.is_meta else parameter
+                yield from _parts(hook.weights_map[name] if parameter.is_meta else parameter)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a quantized weight consists of, as PyTorch has its subclasses tell them; a plain tensor is one."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor

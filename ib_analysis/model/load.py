@@ -17,13 +17,14 @@ from ib_analysis.model.bundled import MODEL
 
 
 def load(
-    name: str | Path | None = None, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    name: str | Path | None = None, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer), the model in evaluation mode.
 
     Nothing is the embedded model; an existing folder or GGUF file, or a name that begins with ".", "/" or "~", is local and never
     looked up on the network; anything else is a name on the hub. Weights are read from safetensors, or from one GGUF file, whose
-    codes become numbers of `dtype` again; that needs `pip install "ib-analysis[gguf]"`.
+    codes become numbers of `dtype` again; that needs `pip install "ib-analysis[gguf]"`. `options` go on to `from_pretrained`:
+    `device_map`, `offload_folder`, `quantization_config`, ...
     Raises ModelNotFoundError, UnsupportedModelError for what is no decoder, CorruptFileError.
     """
     source = MODEL if name is None else Path(name).expanduser()
@@ -51,6 +52,7 @@ def load(
             dtype=dtype,
             **weights,
             **file,
+            **options,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
         )

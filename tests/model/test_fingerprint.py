@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import LlamaConfig
 
 from ib_analysis.cache.attention import use_attention
@@ -38,3 +39,16 @@ def test_a_model_that_was_trained_further_is_another(small_llama):
     assert weights_digest(trained) == before
     trained.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     assert weights_digest(trained) != before and weights_digest(small_llama) == before
+
+
+@torch.no_grad()
+def test_quantized_weights_are_told_apart_by_all_that_they_consist_of(small_llama):
+    """Codes and scales, as torchao has them: such a weight cannot be read as a plain tensor."""
+
+    def digest(scale):
+        model = copy.deepcopy(small_llama)
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter(TwoTensor(layer.weight.data, scale * layer.weight.data), requires_grad=False)
+        return weights_digest(model)
+
+    assert digest(1) == digest(1) != digest(2)

@@ -169,3 +169,14 @@ def test_what_is_no_gguf_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ib_analysis.model.load.find_spec", lambda name: name)
     with pytest.raises(CorruptFileError, match="is no GGUF file"):
         load(tmp_path / "model.gguf")
+
+
+def test_what_else_is_asked_for_goes_on_to_transformers():
+    assert load()[0].config._attn_implementation == "sdpa"
+    assert load(attn_implementation="eager")[0].config._attn_implementation == "eager"
+
+
+def test_layers_on_a_disk(copy, tmp_path):
+    pytest.importorskip("accelerate")
+    model, _ = load(copy, device_map={"": "disk"}, offload_folder=tmp_path / "weights")
+    assert model.device.type == "meta" and not model.training
