@@ -112,12 +112,16 @@ def joint_covariances(replays: Replays, side: SideName) -> NDArray[np.float64]:
     projection: Tensor | None = None
     for replay in replays:
         tokens = slice(replay.first, replay.first + replay.tokens)
-        state = replay.model.base_model(replay.example.prefill[None]).last_hidden_state[0, tokens].double()  # [n, hidden]
+        device = replay.example.prefill.device
+        state = (
+            replay.model.base_model(replay.example.prefill[None]).last_hidden_state[0, tokens].to(device).double()
+        )  # [n, hidden]
         if projection is None:
             generator = torch.Generator().manual_seed(0)
             width = min(MAX_PROJECTIONS, state.shape[1])
             projection = torch.randn(state.shape[1], width, generator=generator, dtype=torch.float64).to(state.device)
-        x = torch.cat([getattr(replay.context(i), side)[:, tokens] for i in replay.spec.shape.compressible]).double()  # [U, n, D]
+        parts = [getattr(replay.context(i), side)[:, tokens].to(device) for i in replay.spec.shape.compressible]
+        x = torch.cat(parts).double()  # [U, n, D]
         moments.add(x, (state @ projection).expand(len(x), -1, -1))
     covariance, _ = moments.covariance()
     power = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

@@ -204,7 +204,7 @@ class _Context:
             rows = []
             for layer, head in heads:
                 tokens = taken(self.replay.ranks[layer][head], begin, end)
-                rows.append(getattr(self.replay.context(layer), side.side)[head, tokens])
+                rows.append(getattr(self.replay.context(layer), side.side)[head, tokens].to(self.replay.example.prefill.device))
             self._last = key, torch.stack(rows)
         return self._last[1]
 

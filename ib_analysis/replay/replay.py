@@ -163,8 +163,10 @@ class Replay:
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")
         self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}
-        # Only these positions of the follow-up go through the head of the model, which is large.
-        self.read, place = torch.cat([example.predicting, example.asked]).unique(return_inverse=True)
+        # Only these positions of the follow-up go through the head of the model, which is large. A list, because accelerate would
+        # move a tensor to the first device, and the head may lie on another.
+        read, place = torch.cat([example.predicting, example.asked]).unique(return_inverse=True)
+        self.read: list[int] = read.tolist()
         self.predicting, self.asked = place.split([len(example.predicting), len(example.asked)])  # among those read
         self.full_log_probs = self._logits([spec.full_plans])[0, self.predicting].log_softmax(-1)  # [Y, V], nats
 

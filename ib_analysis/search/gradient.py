@@ -18,6 +18,7 @@ from transformers import Cache
 
 from ib_analysis.cache.attention import borrowed, cache_argument, causal_mask
 from ib_analysis.cache.plan import HeadPlan
+from ib_analysis.errors import UnsupportedModelError
 from ib_analysis.replay.replay import Replay, ReplayLayer
 from ib_analysis.search.output_changes import Attending, output_changes
 
@@ -58,7 +59,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     probes = {
         i: torch.zeros(
             (1, text.num_attention_heads, len(followup), replay.spec.shape.layers[i].head_dim),
-            dtype=replay.model.dtype,
+            dtype=replay.context(i).keys.dtype,
             device=replay.context(i).keys.device,
         ).requires_grad_()
         for i in replay.spec.shape.compressible
@@ -67,13 +68,20 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     with torch.enable_grad():
         cache = cache_argument(replay.model, Cache(layers=layers))
         with borrowed(replay.model):
-            logits = replay.model(followup[None], **cache, logits_to_keep=replay.example.predicting).logits[0]
+            logits = replay.model(followup[None], **cache, logits_to_keep=replay.example.predicting.tolist()).logits[0]
         log_probs = logits.float().log_softmax(-1)
         drawn = torch.multinomial(log_probs.detach().exp(), SAMPLES, replacement=True, generator=generator)  # [Y, S]
         gradients = [
-            torch.autograd.grad(log_probs.gather(1, drawn[:, s : s + 1]).sum(), list(probes.values()), retain_graph=True)
+            torch.autograd.grad(
+                log_probs.gather(1, drawn[:, s : s + 1]).sum(), list(probes.values()), retain_graph=True, allow_unused=True
+            )
             for s in range(SAMPLES)
         ]
+    if any(gradient is None for gradient in gradients[0]):
+        raise UnsupportedModelError(
+            f"layers of this {type(replay.model).__name__} pass no gradients on, as 4-bit weights of bitsandbytes on some CPUs: "
+            "calibrate it on a GPU, or without quantized weights"
+        )
     stacked = {i: torch.cat([sample[n] for sample in gradients]).float() for n, i in enumerate(probes)}
     return {i: layer for i, layer in enumerate(layers) if isinstance(layer, ReplayLayer)}, stacked
 

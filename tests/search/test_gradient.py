@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ib_analysis.cache.plan import EVICTED, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.errors import UnsupportedModelError
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replay import Replay
@@ -205,3 +206,11 @@ def test_chunks_of_heads_change_nothing(embedded, monkeypatch):
     monkeypatch.setattr("ib_analysis.search.gradient.HELD_ELEMENTS", 1)
     alone = gradient_losses(replay, OPTIONS[::30], torch.Generator().manual_seed(1))
     torch.testing.assert_close(alone, whole, rtol=1e-3, atol=1e-12)
+
+
+def test_layers_without_gradients_are_refused(small_llama, small_prompts):
+    replay = Replay(small_llama, spec_of(small_llama), make_examples(small_llama, None, small_prompts[:1])[0])
+    last = small_llama.model.layers[1].self_attn.o_proj
+    last.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(UnsupportedModelError, match="pass no gradients on"):
+        gradient_losses(replay, OPTIONS[:2], torch.Generator().manual_seed(0))
