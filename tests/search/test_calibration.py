@@ -1,11 +1,15 @@
 """Which saved calibrations are used again."""
 
+import copy
+
+import numpy as np
 import pytest
 
 import ib_analysis.search.calibration as ib_calibration
 from ib_analysis.cache.plan import Recent
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.errors import ProfileMismatchError
+from ib_analysis.model.fingerprint import weights_digest
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replays import Replays
@@ -65,3 +69,39 @@ def test_that_of_another_model_is_kept(calibrated, small_llama, tmp_path):
     with pytest.raises(ProfileMismatchError, match=r"profile\.safetensors .* other weights: name another"):
         calibrated(RECENT, "value_aware")
     assert path.read_bytes() == before
+
+
+def test_a_killed_calibration_goes_on(bench, tmp_path, monkeypatch):
+    """The losses are those of a calibration that was never interrupted."""
+    path = tmp_path / "profile.safetensors"
+    replays = bench.calibration
+    expected = calibrate(replays, LENGTH, settings={}, seed=1)
+    calls = 0
+    original = ib_calibration.gradient_losses
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(ib_calibration, "gradient_losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(replays, LENGTH, path=path, settings={}, seed=1)
+    assert len(Profile.load(path).prompt_prices) == 8
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    calls = 100
+    resumed = calibrate(replays, LENGTH, path=path, settings={}, seed=1)
+    assert calls == 100 + len(replays) - 8
+    np.testing.assert_array_equal(resumed.prompt_prices, expected.prompt_prices)
+
+
+def test_a_model_trained_further_is_calibrated_again(bench, embedded, tmp_path):
+    model, _ = embedded
+    path = tmp_path / "profile.safetensors"
+    calibrate(bench.calibration, LENGTH, settings={}, path=path)
+    saved = Profile.load(path).settings["weights"]
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data += 0.01
+    assert weights_digest(other) != saved == weights_digest(model)

@@ -9,19 +9,16 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import ib_analysis.search.calibration as ib_calibration
 from ib_analysis import Allocation, Budget
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.experiments.heads import information
-from ib_analysis.model.fingerprint import weights_digest
 from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.measurement import best_plan, sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
-from ib_analysis.search.calibration import calibrate
 from ib_analysis.search.objectives import OBJECTIVES, USABLE
 from ib_analysis.search.optimize import allocate, optimal_allocation
 from ib_analysis.search.profile import Profile
@@ -245,32 +242,6 @@ def test_same_seed_same_allocation(small_llama, small_prompts):
     assert found[0] == found[1] != found[2]
 
 
-def test_a_killed_calibration_goes_on(bench, tmp_path, monkeypatch):
-    """The losses are those of a calibration that was never interrupted."""
-    path = tmp_path / "profile.safetensors"
-    replays = bench.calibration
-    expected = calibrate(replays, LENGTH, settings={}, seed=1)
-    calls = 0
-    original = ib_calibration.gradient_losses
-
-    def killed(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 11:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(ib_calibration, "gradient_losses", killed)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(replays, LENGTH, path=path, settings={}, seed=1)
-    assert len(Profile.load(path).prompt_prices) == 8
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    calls = 100
-    resumed = calibrate(replays, LENGTH, path=path, settings={}, seed=1)
-    assert calls == 100 + len(replays) - 8
-    np.testing.assert_array_equal(resumed.prompt_prices, expected.prompt_prices)
-
-
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")
 def test_a_profile_that_cannot_be_written_is_refused_before_the_work(embedded, tmp_path, monkeypatch):
     def work(*arguments, **named):
@@ -281,16 +252,6 @@ def test_a_profile_that_cannot_be_written_is_refused_before_the_work(embedded, t
     for path in (tmp_path, tmp_path / "file" / "profile.safetensors"):
         with pytest.raises(OSError, match=str(path) if path.is_dir() else "file"):
             optimal_allocation(embedded[0], 1 / 8, prompts=mixture("tests", 3, 128), tokenizer=embedded[1], profile_path=path)
-
-
-def test_a_model_trained_further_is_calibrated_again(bench, embedded, tmp_path):
-    model, _ = embedded
-    path = tmp_path / "profile.safetensors"
-    calibrate(bench.calibration, LENGTH, settings={}, path=path)
-    saved = Profile.load(path).settings["weights"]
-    other = copy.deepcopy(model)
-    other.model.norm.weight.data += 0.01
-    assert weights_digest(other) != saved == weights_digest(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")
