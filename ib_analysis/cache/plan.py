@@ -65,7 +65,8 @@ class HeadPlan:
 
 
 Plans = tuple[tuple[HeadPlan, ...] | None, ...]  # one row for each layer; None for a layer that is left as it is
-PlansToTry = Sequence[Sequence[HeadPlan | None] | None]  # in which heads may be left as they are, too
+LayerPlans = Sequence[HeadPlan | None] | None  # what the heads of one layer are given, some of which may be left as they are
+PlansToTry = Sequence[LayerPlans]
 Head = tuple[int, int]  # layer, KV head
 
 EVICTED = HeadPlan(next(iter(FORMATS)))

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ib_analysis.cache.plan import HeadPlan, PlansToTry
-
-Row = Sequence["HeadPlan | None"] | None  # what one layer's heads are given
+from ib_analysis.cache.plan import LayerPlans, PlansToTry
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,14 @@ class Growth:
         last: the row of each plan at the end.
     """
 
-    rows: list[list[Row]]
+    rows: list[list[LayerPlans]]
     parents: list[list[int]]
     last: list[int]
 
 
 def growth(tried: Sequence[PlansToTry], layers: int) -> Growth:
     """The rows of a batch of plans."""
-    rows: list[list[Row]] = []
+    rows: list[list[LayerPlans]] = []
     parents: list[list[int]] = []
     row = [0] * len(tried)
     for layer in range(layers):

@@ -29,12 +29,12 @@ from ib_analysis.cache.attention import (
     full_attention,
     grouped_attention,
 )
-from ib_analysis.cache.plan import HeadPlan, PlansToTry
+from ib_analysis.cache.plan import HeadPlan, LayerPlans, PlansToTry
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.cache.tiers import ranks
 from ib_analysis.errors import CalibrationError, UnsupportedModelError
 from ib_analysis.replay.examples import Example
-from ib_analysis.replay.growing import Row, decoder_layers, growing, growth
+from ib_analysis.replay.growing import decoder_layers, growing, growth
 from ib_analysis.scorers import Scorer
 
 LOGIT_ELEMENTS = 2**24  # over all plans of a batch
@@ -216,7 +216,7 @@ class Replay:
             logits = self._read_followup(batch.rows, 1)
         return logits if batch.last == list(range(len(logits))) else logits[batch.last]
 
-    def _read_followup(self, rows: Sequence[Sequence[Row]], width: int) -> Tensor:
+    def _read_followup(self, rows: Sequence[Sequence[LayerPlans]], width: int) -> Tensor:
         """Logits of the follow-up, fp32 [rows of the last layer, read positions, V]; the first layer reads `width` rows."""
         cache = cache_argument(self.model, Cache(layers=self.followup_layers(rows)))
         with borrowed(self.model):
@@ -229,7 +229,9 @@ class Replay:
         size = max(1, min(by_keys, by_logits))
         return [tried[i : i + size] for i in range(0, len(tried), size)]
 
-    def followup_layers(self, rows: Sequence[Sequence[Row]], probes: dict[int, Tensor] | None = None) -> list[CacheLayerMixin]:
+    def followup_layers(
+        self, rows: Sequence[Sequence[LayerPlans]], probes: dict[int, Tensor] | None = None
+    ) -> list[CacheLayerMixin]:
         """Cache layers for a follow-up whose rows are given this in each layer, as one batch."""
         layers: list[CacheLayerMixin] = []
         for i, layer in enumerate(self.layers):
@@ -240,7 +242,7 @@ class Replay:
                 layers.append(ReplayLayer(parts, self.length, None if probes is None else probes[i]))
         return layers
 
-    def _parts(self, layer: int, rows: Sequence[Row]) -> list[ContextPart]:
+    def _parts(self, layer: int, rows: Sequence[LayerPlans]) -> list[ContextPart]:
         """One layer's context for each row. What several rows give a head is compressed once."""
         heads = len(self.ranks[layer])
         pairs: dict[tuple[int, HeadPlan | None], list[int]] = {}

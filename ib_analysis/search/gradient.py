@@ -41,10 +41,10 @@ def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[
     chunks: list[list[tuple[int, int]]] = []
     before: Any = None
     for layer, head in replay.spec.shape.heads:
-        rows = answered[layer].query.shape[1:3].numel() // replay.spec.shape.layers[layer].kv_heads  # G * M
-        one = answered[layer]
-        kind = (replay.spec.shape.layers[layer], rows, one.scaling, one.extras.get("softcap"), one.query.device)
-        max_heads = max(1, HELD_ELEMENTS // ((rows + 2 * replay.spec.shape.layers[layer].head_dim) * replay.length))
+        one, shape = answered[layer], replay.spec.shape.layers[layer]
+        rows = one.query.shape[1:3].numel() // shape.kv_heads  # G * M
+        kind = (shape, rows, one.scaling, one.extras.get("softcap"), one.query.device)
+        max_heads = max(1, HELD_ELEMENTS // ((rows + 2 * shape.head_dim) * replay.length))
         if kind != before or len(chunks[-1]) == max_heads:
             chunks.append([])
         before = kind

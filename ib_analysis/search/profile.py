@@ -117,9 +117,9 @@ class Profile:
         return means
 
     @property
-    def drawn_prices(self) -> Table:
-        """Prices [U, O], drawn toward a factor of the head times one of the option: of one option of one head, a few prompts say
-        mostly noise."""
+    def shrunk_prices(self) -> Table:
+        """Prices [U, O], shrunk toward a factor of the head times one of the option: of one option of one head, a few prompts
+        say mostly noise."""
         logs = np.log(np.maximum(self.price_bits, TINY_BITS))
         head = logs.mean(1, keepdims=True)
         law = head + (logs - head).mean(0, keepdims=True)
@@ -129,7 +129,7 @@ class Profile:
     @property
     def law(self) -> PriceLaw:
         """The losses of all options, given those measured."""
-        return price_law(self.drawn_prices, self.loss_bits, self.error_bits)
+        return price_law(self.shrunk_prices, self.loss_bits, self.error_bits)
 
     @property
     def expected_bits(self) -> Table:
