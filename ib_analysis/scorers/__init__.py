@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ib_analysis.errors import UnknownNameError
+from ib_analysis.scorers.blend import Blend
+from ib_analysis.scorers.compactor import Compactor
+from ib_analysis.scorers.criticalkv import CriticalKV
+from ib_analysis.scorers.expected_attention import ExpectedAttention
+from ib_analysis.scorers.h2o import h2o
+from ib_analysis.scorers.keydiff import keydiff
+from ib_analysis.scorers.knorm import knorm
+from ib_analysis.scorers.random_order import RandomOrder
 from ib_analysis.scorers.scorer import Scorer
 from ib_analysis.scorers.snapkv import SnapKV
 from ib_analysis.scorers.streaming_llm import streaming_llm
+from ib_analysis.scorers.tova import tova
 from ib_analysis.scorers.value_aware import ValueAware
 
-SCORERS: dict[str, Scorer] = {"value_aware": ValueAware(), "snapkv": SnapKV(), "streaming_llm": streaming_llm}
+SCORERS: dict[str, Scorer] = {
+    "value_aware": ValueAware(),
+    "snapkv": SnapKV(),
+    "streaming_llm": streaming_llm,
+    "blend": Blend(),
+    "compactor": Compactor(),
+    "criticalkv": CriticalKV(),
+    "expected_attention": ExpectedAttention(),
+    "h2o": h2o,
+    "keydiff": keydiff,
+    "knorm": knorm,
+    "random": RandomOrder(),
+    "tova": tova,
+}
 
 
 def get_scorer(given: object) -> Scorer:
@@ -32,14 +54,19 @@ def get_scorer(given: object) -> Scorer:
 
 
 def _with_fields(name: str, values: dict[str, Any]) -> Scorer:
-    """The registered scorer with other values of its fields."""
+    """The registered scorer with other values of its fields, which may be scorers in turn."""
     scorer = SCORERS[name]
-    known: list[str] = [field.name for field in fields(scorer)] if is_dataclass(scorer) else []
+    known = _fields(scorer)
     unknown = [key for key in values if key not in known]
     if unknown:
         raise UnknownNameError(f"scorer {name!r} has no {unknown[0]!r}: its fields are {', '.join(known) or 'none'}")
-    made: Scorer = type(scorer)(**values)
+    made: Scorer = type(scorer)(**{key: get_scorer(value) if callable(known[key]) else value for key, value in values.items()})
     return made
+
+
+def _fields(scorer: Scorer) -> dict[str, Any]:
+    """Its fields and their values; none of a function."""
+    return {field.name: getattr(scorer, field.name) for field in fields(scorer)} if is_dataclass(scorer) else {}
 
 
 def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
@@ -51,7 +78,8 @@ def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
         if known == scorer:
             return name
         if is_dataclass(scorer) and not isinstance(scorer, type) and type(known) is type(scorer):
-            return {"name": name, **asdict(scorer)}
+            values = {key: scorer_to_json(value) if callable(value) else value for key, value in _fields(scorer).items()}
+            return {"name": name, **values}
     raise UnknownNameError(
         f"{scorer!r} has no name to be saved under: add it to ib_analysis.scorers.SCORERS, as SCORERS['mine'] = scorer"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 OBSERVED_QUERIES = 32  # the last queries, which stand for those to come
+CHUNK_BYTES = 2**26  # of the largest tensor that a scorer holds, whatever the number of tokens
 
 
 class Scorer(Protocol):
@@ -22,15 +24,27 @@ class Scorer(Protocol):
         ...
 
 
-def observed_weights(query: Tensor, keys: Tensor, valid: Tensor, scaling: float, window: int) -> Tensor:
-    """Causal attention weights fp32 [B, H_kv, G * W, T] of the last W queries, G query heads for each KV head."""
-    query = query[:, :, -window:].float()
-    batch, heads, observed, _ = query.shape
-    kv_heads, tokens = keys.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])  # [B, H_kv, G * W, D]
-    logits = grouped @ keys.float().transpose(2, 3) * scaling
+def attention_blocks(query: Tensor, keys: Tensor, valid: Tensor, scaling: float) -> Iterator[Tensor]:
+    """Causal attention weights of all queries [B, H, M, D], some queries at a time: fp32 [B, H_kv, G * m, T].
+
+    G query heads share a KV head. Memory does not grow with M; the weights of a padded query are 0.
+    """
+    (batch, kv_heads, tokens, _), length = keys.shape, query.shape[2]
     position = torch.arange(tokens, device=keys.device)
-    causal = position <= position[tokens - observed :, None]  # [W, T]
-    visible = (causal & valid[:, None, :]).repeat(1, heads // kv_heads, 1)[:, None]  # [B, 1, G * W, T]
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-    return weights.nan_to_num(0.0)  # a padded query sees nothing
+    size = max(1, CHUNK_BYTES // (4 * batch * query.shape[1] * tokens))
+    for begin in range(0, length, size):
+        some = query[:, :, begin : begin + size].float()
+        rows = some.reshape(batch, kv_heads, -1, some.shape[-1])  # [B, H_kv, G * m, D]
+        logits = rows @ keys.float().transpose(2, 3) * scaling
+        of_queries = position[tokens - length + begin :][: some.shape[2], None]  # [m, 1]
+        visible = (position <= of_queries) & valid[:, None]  # [B, m, T]
+        visible = visible.repeat(1, query.shape[1] // kv_heads, 1)[:, None]
+        yield logits.masked_fill_(~visible, -torch.inf).softmax(-1).nan_to_num_(0.0)
+
+
+def attention_drawn(query: Tensor, keys: Tensor, valid: Tensor, scaling: float) -> Tensor:
+    """Sum over these queries and the heads of a group of their attention weights: fp32 [B, H_kv, T]."""
+    drawn = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
+    for weights in attention_blocks(query, keys, valid, scaling):
+        drawn += weights.sum(2)
+    return drawn

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ib_analysis.scorers.scorer import OBSERVED_QUERIES
-
-CHUNK_BYTES = 2**26  # of the largest tensor that is held: logits of some tokens
+from ib_analysis.scorers.scorer import CHUNK_BYTES, OBSERVED_QUERIES
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ib_analysis.errors import UnknownNameError
 from ib_analysis.scorers import SCORERS, SnapKV, ValueAware, get_scorer, scorer_to_json
@@ -19,7 +21,8 @@ def block():
     query, (keys, values) = torch.randn(B, H, T, D), torch.randn(2, B, H_KV, T, D)
     valid = torch.ones(B, T, dtype=torch.bool)
     valid[1, :5] = False
-    return torch.nn.Module(), query, keys, values, valid, SCALING
+    config = LlamaConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=H_KV, num_hidden_layers=1)
+    return LlamaAttention(config, 0), query, keys, values, valid, SCALING
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -85,7 +88,7 @@ def test_a_scorer_that_is_not_registered_cannot_be_saved(scorer):
 
 @pytest.mark.parametrize("given", ["snapKV", "", None, 3, {}, {"name": "snapKV"}, {"window": 16}, ["snapkv"]], ids=repr)
 def test_other_things_are_refused_with_what_there_is(given):
-    with pytest.raises(UnknownNameError, match=r"there is no scorer .*: use one of value_aware, snapkv, streaming_llm, or pass"):
+    with pytest.raises(UnknownNameError, match=r"there is no scorer .*: use one of value_aware, snapkv, .*, or pass"):
         get_scorer(given)
 
 
