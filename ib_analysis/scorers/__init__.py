@@ -13,6 +13,7 @@ from ib_analysis.scorers.expected_attention import ExpectedAttention
 from ib_analysis.scorers.h2o import h2o
 from ib_analysis.scorers.keydiff import keydiff
 from ib_analysis.scorers.knorm import knorm
+from ib_analysis.scorers.learned import Learned
 from ib_analysis.scorers.random_order import RandomOrder
 from ib_analysis.scorers.scorer import Scorer
 from ib_analysis.scorers.snapkv import SnapKV
@@ -31,6 +32,7 @@ SCORERS: dict[str, Scorer] = {
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "learned": Learned(),
     "random": RandomOrder(),
     "tova": tova,
 }

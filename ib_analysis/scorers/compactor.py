@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ib_analysis.scorers.positions import without_positions
+
 JITTER = 1e-2  # added to the eigenvalues of the keys' second moment
 SINKS, RECENT = 8, 4  # tokens of a whole sequence that come first in any case, and do not count in statistics
 
@@ -17,9 +19,10 @@ class Compactor:
     """`leverage_weight` times the leverage score of the key, plus non-causal attention within chunks of `chunk` tokens times the
     norm of the value, both in standard deviations over the tokens and heads of a layer. Sees every query of the block.
 
-    Leverage is exact, of the keys as they are cached; the paper takes keys before they are rotated by position, through a random
-    sketch. Its weight there is the share of tokens that is evicted, which is not known when tokens are ranked. As in kvpress
-    the logits of the attention lack their factor, and the first 8 and last 4 tokens of a sequence come first.
+    Leverage is that of keys before they are rotated by position (where it is not known how, of keys as they are cached), and
+    exact, where the paper takes a random sketch. Its weight there is the share of tokens that is evicted, which is not known
+    when tokens are ranked. As in kvpress the logits of the attention lack their factor, and the first 8 and last 4 tokens of a
+    sequence come first.
     """
 
     leverage_weight: float = 0.9
@@ -32,18 +35,20 @@ class Compactor:
         for b, first in enumerate((~valid).sum(1).tolist()):  # one by one: chunks and statistics begin where a sequence does
             queries = min(query.shape[2], keys.shape[2] - first)
             scores[b, :, first:] = self._of_sequence(
-                query[b, :, query.shape[2] - queries :].float(), keys[b, :, first:].float(), values[b, :, first:].float()
+                module, query[b, :, query.shape[2] - queries :].float(), keys[b, :, first:].float(), values[b, :, first:].float()
             )
         return scores
 
-    def _of_sequence(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _of_sequence(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Scores [H_kv, T] of queries [H, M, D], keys and values [H_kv, T, D]."""
         tokens = keys.shape[1]
         whole = query.shape[1] == tokens > SINKS + RECENT
         some = slice(SINKS, tokens - RECENT) if whole else slice(None)
         attention = noncausal_attention(query[:, some] if whole else query, keys[:, some], self.chunk)
         attention = F.avg_pool1d(attention * values[:, some].norm(dim=-1), 3, stride=1, padding=1)
-        scores = self.leverage_weight * _standardised(leverage(keys[:, some])) + _standardised(attention)
+        scores = self.leverage_weight * _standardised(leverage(without_positions(module, keys[:, some]))) + _standardised(
+            attention
+        )
         return F.pad(scores, (SINKS, RECENT), value=float(scores.max())) if whole else scores
 
 

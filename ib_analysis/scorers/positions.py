@@ -17,6 +17,14 @@ def at_last_position(module: nn.Module, x: Tensor) -> Tensor:
     return turned(x.float(), torch.arange(x.shape[-2] - 1, -1, -1, device=x.device), frequencies(module, x))
 
 
+def without_positions(module: nn.Module, keys: Tensor) -> Tensor:
+    """Rotated keys [..., T, D] as they would be at one position; as they are where it is not known how positions rotate them."""
+    try:
+        return at_last_position(module, keys)
+    except UnsupportedModelError:
+        return keys.float()
+
+
 def frequencies(module: nn.Module, x: Tensor) -> Tensor:
     """Radians a position by which each pair of channels of x [..., D] turns: fp32 [D / 2]."""
     config = getattr(module, "config", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from ib_analysis.errors import CalibrationError, ProfileMismatchError
 from ib_analysis.model.devices import input_device
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
 from ib_analysis.replay.replays import Replays
+from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.candidates import head_options
 from ib_analysis.search.clock import Clock
+from ib_analysis.search.fit_scorer import fit_scorer, unfitted
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.profile import Profile
 
 SAVE_EVERY = 8  # prompts
 PRICES_UNTIL = 0.7  # of the time that a search may take
-SAME = ("model", "spec", "context_length", "settings", "options")  # of a profile that is used again
+LEARNED_UNTIL = 0.4  # likewise
+SAME = ("model", "context_length", "settings", "options")  # of a profile that is used again, beside its spec
 
 
 def calibrate(
@@ -37,7 +41,8 @@ def calibrate(
     """A profile with prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
     `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten. A clock may cut
-    it short: then prices are those of the prompts so far, at least one.
+    it short: then prices are those of the prompts so far, at least one. A learned scorer without weights is fitted first, and in
+    the profile's spec and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
     """
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
@@ -47,12 +52,15 @@ def calibrate(
             raise ProfileMismatchError(
                 f"{path} is the profile of a model with another config or other weights: name another file"
             )
-        if all(getattr(found, name) == getattr(profile, name) for name in SAME):
+        alike = profile.spec in (found.spec, unfitted(found.spec))
+        if alike and all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
-    if clock is None:
-        _add_prices(profile, replays, seed, path)
-    else:
-        clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
+    clock = clock or Clock()
+    if profile.spec.scorer == Learned():
+        fitted = clock.attempt("learning", lambda: fit_scorer(replays, seed), LEARNED_UNTIL)
+        profile.spec = replace(profile.spec, scorer=fitted or Learned())
+    replays.spec = profile.spec
+    clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile
 
 

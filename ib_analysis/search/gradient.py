@@ -28,15 +28,16 @@ HELD_ELEMENTS = 2**20  # of weights and values of one precision; some 30 precisi
 
 def gradient_losses(replay: Replay, options: Sequence[HeadPlan], generator: torch.Generator) -> Tensor:
     """Predicted loss in bits per predicted token: float64 [heads, options], heads in the order of `shape.heads`."""
-    answered, gradients = _score_gradients(replay, generator)
+    answered, gradients = score_gradients(replay, generator)
     with torch.no_grad():
-        changes = [output_changes(_attending(replay, heads, answered, gradients), options) for heads in _alike(replay, answered)]
+        chunks = heads_alike(replay, answered)
+        changes = [output_changes(attending(replay, heads, answered, gradients), options) for heads in chunks]
     device = replay.example.followup.device
     nats = torch.cat([(change.square().mean(1) / 2).to(device) for change in changes])  # over all predicted tokens
     return nats / (len(replay.example.predicting) * math.log(2))
 
 
-def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[int, int]]]:
+def heads_alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[int, int]]]:
     """All heads in order, neighbours together whose layers are computed alike, as many as memory allows."""
     chunks: list[list[tuple[int, int]]] = []
     before: Any = None
@@ -52,7 +53,7 @@ def _alike(replay: Replay, answered: dict[int, ReplayLayer]) -> list[list[tuple[
     return chunks
 
 
-def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[int, ReplayLayer], dict[int, Tensor]]:
+def score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[int, ReplayLayer], dict[int, Tensor]]:
     """Layers after an uncompressed follow-up, and for each the gradients [S, H, M, D] of the sampled tokens' log-probability."""
     text = replay.model.config.get_text_config(decoder=True)
     followup = replay.example.followup
@@ -86,7 +87,7 @@ def _score_gradients(replay: Replay, generator: torch.Generator) -> tuple[dict[i
     return {i: layer for i, layer in enumerate(layers) if isinstance(layer, ReplayLayer)}, stacked
 
 
-def _attending(
+def attending(
     replay: Replay, heads: list[tuple[int, int]], answered: dict[int, ReplayLayer], gradients: dict[int, Tensor]
 ) -> Attending:
     """Heads alike, after an uncompressed follow-up."""

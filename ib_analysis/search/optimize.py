@@ -254,11 +254,12 @@ def prepare(
     if path is not None:
         check_writable(path)
         scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
-    calibration, validation = Replays(model, spec, calibrating), Replays(model, spec, deciding)
-    clock = clock or Clock()
-    calibration.check = validation.check = clock.check
+    calibration, clock = Replays(model, spec, calibrating), clock or Clock()
+    calibration.check = clock.check
     settings = {"question_aware": question_aware}
     profile = calibrate(calibration, length, settings=settings, seed=seed, path=path, clock=clock)
+    validation = Replays(model, profile.spec, deciding)  # of which the scorer may have been fitted
+    validation.check = clock.check
     return Workbench(profile, calibration, validation, path, clock)
 
 

@@ -64,6 +64,11 @@ class Attending:
     softcap: float | None
     dtype: torch.dtype
 
+    def logits(self, keys: Tensor) -> Tensor:
+        """[U, R, t] of keys [U, t, D]."""
+        logits = self.query @ keys.transpose(1, 2) * self.scaling
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
@@ -108,7 +113,7 @@ def _shift(heads: Attending) -> Tensor:
     """What is taken off the logits of each row, so that sums of their exponentials are finite: fp32 [U, R]."""
     highest = torch.full_like(heads.exact[1], -torch.inf)
     for begin, end in _blocks(heads, 0, heads.keys.shape[1], 1):
-        highest = torch.maximum(highest, _logits(heads, heads.keys[:, begin:end]).amax(-1))
+        highest = torch.maximum(highest, heads.logits(heads.keys[:, begin:end]).amax(-1))
     return torch.maximum(heads.exact[1], highest - FARTHEST)
 
 
@@ -158,7 +163,7 @@ def _running_sums(
     for begin, end in pairwise(edges):
         total, value_total = weight_sums[-1].clone(), value_sums[-1].clone()
         for first, last in _blocks(heads, begin, end, len(key_bits) + s * len(value_bits)):
-            logits = _logits(heads, keys[:, :, first:last].flatten(1, 2)) - shift[..., None]  # [U, R, K * t]
+            logits = heads.logits(keys[:, :, first:last].flatten(1, 2)) - shift[..., None]  # [U, R, K * t]
             weights = logits.exp_().view(u * r, len(key_bits), last - first)
             projected = along @ values[:, :, first:last].flatten(1, 2).transpose(1, 2)  # [U, R * S, V * t]
             projected = projected.view(u, r, s, len(value_bits), -1) - level[..., None, None]
@@ -180,12 +185,6 @@ def _stored(heads: Attending, fmt: str, side: SideName, taken: Tensor, rank: Ten
     lengths = torch.full((len(x),), rows.shape[1], device=x.device)
     stored = roundtrip(fmt, side, rows.flatten(0, 1), lengths, bits, heads.dtype).view(rows.shape)
     return torch.empty_like(stored).scatter_(1, rank[..., None].expand_as(stored), stored)
-
-
-def _logits(heads: Attending, keys: Tensor) -> Tensor:
-    """[U, R, t] of keys [U, t, D]."""
-    logits = heads.query @ keys.transpose(1, 2) * heads.scaling
-    return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)
 
 
 def _blocks(heads: Attending, begin: int, end: int, rows: int) -> list[tuple[int, int]]:

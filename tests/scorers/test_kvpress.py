@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from ib_analysis.scorers import SCORERS, SnapKV
-from ib_analysis.scorers.compactor import leverage, noncausal_attention
+from ib_analysis.scorers.compactor import Compactor, leverage, noncausal_attention
 from ib_analysis.scorers.criticalkv import CriticalKV
 
 STORED = load_file(Path(__file__).with_name("kvpress.safetensors"))
@@ -23,6 +23,7 @@ SAME = {
     "tova": (SCORERS["tova"], "tova", slice(0, TOKENS - 1)),
     "snapkv": (SnapKV(window=8), "snapkv", slice(0, TOKENS - 8)),
     "expected_attention": (SCORERS["expected_attention"], "expected_attention", slice(4, TOKENS)),
+    "compactor": (Compactor(leverage_weight=0.35, chunk=42), "compactor_exact", slice(8, TOKENS - 4)),
     "h2o": (SCORERS["h2o"], "observed_attention", slice(0, TOKENS)),
 }
 

@@ -18,7 +18,7 @@ from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replay import Replay
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.candidates import head_options
-from ib_analysis.search.gradient import _score_gradients, gradient_losses
+from ib_analysis.search.gradient import gradient_losses, score_gradients
 from ib_analysis.search.output_changes import RUN_SHARES
 from ib_analysis.tasks import TASKS
 
@@ -106,7 +106,7 @@ def prices(replay, options):
 
 def reference_prices(replay, options):
     """The same in float64, from a replay of every option in every head: [heads, options]."""
-    answered, gradients = _score_gradients(replay, torch.Generator().manual_seed(0))
+    answered, gradients = score_gradients(replay, torch.Generator().manual_seed(0))
     layers = replay.followup_layers(list(zip(replay.spec.full_plans, *map(replay.spec.uniform, options))))
     rows = []
     for layer, head in replay.spec.shape.heads:
