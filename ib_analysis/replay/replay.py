@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -181,6 +181,12 @@ class Replay:
         position = torch.arange(self.length, device=scores.device)
         compressible = (position >= self.first) & (position < self.first + self.tokens)
         return ranks(scores, compressible).where(compressible, -1)
+
+    def rank_by(self, scores: Mapping[int, Tensor]) -> None:
+        """From now on by other scores [H_kv, N] of each compressible layer than those of the spec's scorer."""
+        for layer, found in scores.items():
+            self.context(layer).scores = found
+            self.ranks[layer] = self._ranks(layer)
 
     @property
     def nbytes(self) -> int:
