@@ -21,19 +21,30 @@ def least_error_step(
     MULTIPLES: tl.constexpr,
 ):
     """fp16 [N]: the step for a Gaussian, or another with less squared error (see `reference`)."""
-    step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / (D * ORDER))
+    gaussian = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / (D * ORDER))
     if BITS == 2:
-        base = step.to(tl.float32)
+        base = gaussian.to(tl.float32)
     else:
         base = largest(tiles, D, C) * (1.0 / (2.0 ** (BITS - 1) * ROOT))
-    least = squared_error(tiles, step, D, BITS, FUSED, C, N, ROOT)
-    for i in tl.static_range(len(MULTIPLES)):
-        other = tl.minimum(tl.maximum(base * MULTIPLES[i], 2.0**-24), FP16_MAX).to(tl.float16)
+    step = gaussian
+    least = tl.full([N], float("inf"), tl.float64)
+    for i in range(len(MULTIPLES) + 1):  # a loop on the GPU, too: what is tried at the same time would not fit its registers
+        other = tl.minimum(tl.maximum(base * multiple(i - 1, MULTIPLES), 2.0**-24), FP16_MAX).to(tl.float16)
+        other = tl.where(i == 0, gaussian, other)
         error = squared_error(tiles, other, D, BITS, FUSED, C, N, ROOT)
         less = error < least  # not if NaN
         step = tl.where(less, other, step)
         least = tl.where(less, error, least)
     return step
+
+
+@triton.jit
+def multiple(i, MULTIPLES: tl.constexpr):
+    """The i-th of them, if there is one."""
+    chosen = tl.full([], MULTIPLES[0], tl.float32)
+    for j in tl.static_range(1, len(MULTIPLES)):
+        chosen = tl.where(i == j, MULTIPLES[j], chosen)
+    return chosen
 
 
 @triton.jit
