@@ -63,7 +63,7 @@ def pack_side(x: Tensor, rows: Tensor, of_tokens: Tensor, bits: int, centre: Ten
     scale = empty(torch.float16, x, rows.shape[0], 1)
     if of_tokens.shape[0]:
         tensors = (words, scale, scale if centre is None else centre.float())  # converted here once, not by every program
-        selected, launch = pack_constants(head_dim, bits, centre is not None), pack_launch(head_dim, x.dtype)
+        selected, launch = pack_constants(head_dim, bits, centre is not None), pack_launch(head_dim, bits, x.dtype)
         pack_kernel[(of_tokens.shape[0],)](x, rows, of_tokens, *tensors, *source(x), **selected, **launch)
     return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
 
@@ -76,7 +76,7 @@ def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int
     of_tokens = max_blocks(lengths, TOKENS, count)
     if of_tokens.shape[0]:
         tensors = (side["words"], side["scale"], side["centre"] if centred else side["scale"], out)
-        selected, launch = unpack_constants(head_dim, bits, centred), pack_launch(head_dim, torch.float16)
+        selected, launch = unpack_constants(head_dim, bits, centred), pack_launch(head_dim, bits, torch.float16)
         unpack_kernel[(of_tokens.shape[0],)](of_tokens, *tensors, **selected, **launch)
     return out
 
@@ -124,9 +124,10 @@ def unpack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
     }
 
 
-def pack_launch(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def pack_launch(head_dim: int, bits: int, dtype: torch.dtype) -> dict[str, Any]:
     """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
-    shares = 1 if head_dim <= 128 else 4 if dtype == torch.float32 else 2  # of a token too large for the registers of a thread
+    # Of a token too large for the registers of a thread. At 8 bits the compiler holds it twice, for steps and for codes.
+    shares = 1 if head_dim <= 128 else 4 if dtype == torch.float32 or bits == 8 else 2
     return {
         "num_warps": shares * WARPS,
         "num_stages": 3,
