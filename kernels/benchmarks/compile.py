@@ -106,11 +106,11 @@ def packing_variants(head_dim: int, bits: int) -> Iterator[Variant]:
         elements = constants["N"] * head_dim
         for x, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
             name = f"pack_kernel rotated b{bits} d{head_dim} {side} {x[1:]}"
-            launch = rotated.pack_launch(head_dim, dtype)
+            launch = rotated.pack_launch(head_dim, bits, dtype)
             yield Variant(name, rotated.pack_kernel, constants, launch, TYPES | {"x": x}, elements)
         name = f"unpack_kernel rotated b{bits} d{head_dim} {side}"
         constants = rotated.unpack_constants(head_dim, bits, side == "keys")
-        launch = rotated.pack_launch(head_dim, torch.bfloat16)
+        launch = rotated.pack_launch(head_dim, bits, torch.bfloat16)
         yield Variant(name, rotated.unpack_kernel, constants, launch, TYPES, elements)
 
 

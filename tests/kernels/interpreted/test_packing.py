@@ -103,16 +103,16 @@ def test_round_trip_is_within_half_a_step(packed_by_kernels, unpacked_by_kernels
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is cast to a code before its scale makes it NaN again
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
-def test_saturation_and_nan_stay_where_they_are(packed_by_kernels, fmt):
+@pytest.mark.parametrize(("fmt", "bits"), [("kivi", 4), *(("rotated", bits) for bits in (2, 3, 4, 8))])
+def test_saturation_and_nan_stay_where_they_are(packed_by_kernels, fmt, bits):
     keys, values, rows, pairs = random_cache(32, torch.float32)
     keys[0, 0, :, 1], values[0, 0, :, 1] = 1e9, torch.inf
     keys[1, 0, :, 2], values[1, 1, :, 3] = -torch.inf, -1e30
     keys[1, 1, 10:, 4], values[1, 1, 20:, 4] = torch.nan, torch.nan
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
     arguments = (fmt, keys, values, rows, lengths)
-    kernels = unpack_tokens(packed_by_kernels(*arguments, pairs, 4, 4))
-    plain = unpack_tokens(quantize_pack(*arguments, pairs, 4, 4))
+    kernels = unpack_tokens(packed_by_kernels(*arguments, pairs, bits, bits))
+    plain = unpack_tokens(quantize_pack(*arguments, pairs, bits, bits))
     for a, b in zip(kernels, plain):
         assert b.isnan().any() and not b.isnan().all()
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
@@ -133,6 +133,23 @@ def test_centre_of_a_sample(packed_by_kernels, monkeypatch, max_tokens):
     lengths = [129, 0, 33, 128]
     keys, values, rows, pairs = random_cache(16, torch.bfloat16, lengths)
     arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, 4, 4)
+    assert_same(packed_by_kernels(*arguments), quantize_pack(*arguments))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(16, torch.float16), (48, torch.float32), (80, torch.bfloat16), (128, torch.float32), (256, torch.float16)],
+)
+def test_steps_of_tokens_of_all_sizes_and_tails(packed_by_kernels, head_dim, dtype, bits):
+    """From what rounds to 0 to what saturates: each step that may be chosen is, and loses what it loses in plain torch."""
+    lengths = [33, 0, 1, 7]
+    keys, values, rows, pairs = random_cache(head_dim, torch.float32, lengths)
+    generator = torch.Generator().manual_seed(1)
+    sizes = 10 ** (torch.rand(2, 2, 130, 1, generator=generator) * 14 - 9)
+    tails = torch.randn(2, 2, 130, head_dim, generator=generator).abs() ** -0.5
+    keys, values = ((x * sizes * tails).clamp(-65504, 65504).to(dtype) for x in (keys, values))
+    arguments = ("rotated", keys, values, rows, torch.tensor(lengths, dtype=torch.int32), pairs, bits, bits)
     assert_same(packed_by_kernels(*arguments), quantize_pack(*arguments))
 
 

@@ -20,16 +20,15 @@ import triton.language as tl
 from ib_kernels.bitpack import words_per_token
 from ib_kernels.formats.format import Bits, Side, SideName, Sides
 from ib_kernels.formats.rotated import rotation
-from ib_kernels.formats.rotated.reference import CENTRE_TOKENS, GAUSSIAN_STEP, hadamard_order
+from ib_kernels.formats.rotated.reference import CENTRE_TOKENS, GAUSSIAN_STEP, STEP_MULTIPLES, hadamard_order
+from ib_kernels.formats.rotated.steps import least_error_step, reciprocal_step
 from ib_kernels.quantize_triton import (
-    FP16_MAX,
     addresses,
     blocks,
     constants,
     empty,
     in_range,
     max_blocks,
-    reciprocal,
     source,
 )
 from torch import Tensor
@@ -64,7 +63,7 @@ def pack_side(x: Tensor, rows: Tensor, of_tokens: Tensor, bits: int, centre: Ten
     scale = empty(torch.float16, x, rows.shape[0], 1)
     if of_tokens.shape[0]:
         tensors = (words, scale, scale if centre is None else centre.float())  # converted here once, not by every program
-        selected, launch = pack_constants(head_dim, bits, centre is not None), pack_launch(head_dim, x.dtype)
+        selected, launch = pack_constants(head_dim, bits, centre is not None), pack_launch(head_dim, bits, x.dtype)
         pack_kernel[(of_tokens.shape[0],)](x, rows, of_tokens, *tensors, *source(x), **selected, **launch)
     return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
 
@@ -77,7 +76,7 @@ def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int
     of_tokens = max_blocks(lengths, TOKENS, count)
     if of_tokens.shape[0]:
         tensors = (side["words"], side["scale"], side["centre"] if centred else side["scale"], out)
-        selected, launch = unpack_constants(head_dim, bits, centred), pack_launch(head_dim, torch.float16)
+        selected, launch = unpack_constants(head_dim, bits, centred), pack_launch(head_dim, bits, torch.float16)
         unpack_kernel[(of_tokens.shape[0],)](of_tokens, *tensors, **selected, **launch)
     return out
 
@@ -106,7 +105,8 @@ def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
 
 def pack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
     """Arguments that select one compiled variant of `pack_kernel`."""
-    return unpack_constants(head_dim, bits, centred) | constants(head_dim, bits) | {"STEP": GAUSSIAN_STEP[bits]}
+    steps = {"STEP": GAUSSIAN_STEP[bits], "MULTIPLES": STEP_MULTIPLES[bits]}
+    return unpack_constants(head_dim, bits, centred) | constants(head_dim, bits) | steps
 
 
 def unpack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
@@ -124,9 +124,10 @@ def unpack_constants(head_dim: int, bits: int, centred: bool) -> dict[str, Any]:
     }
 
 
-def pack_launch(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def pack_launch(head_dim: int, bits: int, dtype: torch.dtype) -> dict[str, Any]:
     """How to launch these kernels for input of a dtype so that none spills registers (kernels/benchmarks/compile.py)."""
-    shares = 1 if head_dim <= 128 else 4 if dtype == torch.float32 else 2  # of a token too large for the registers of a thread
+    # Of a token too large for the registers of a thread. At 8 bits the compiler holds it twice, for steps and for codes.
+    shares = 1 if head_dim <= 128 else 4 if dtype == torch.float32 or bits == 8 else 2
     return {
         "num_warps": shares * WARPS,
         "num_stages": 3,
@@ -159,6 +160,7 @@ def pack_kernel(
     ORDER: tl.constexpr,
     ROOT: tl.constexpr,
     STEP: tl.constexpr,
+    MULTIPLES: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
     """Quantize and pack one block of tokens, of keys if CENTRED, else of values.
@@ -171,7 +173,8 @@ def pack_kernel(
     shifts: fp32 [P, D], the centres of the runs, if CENTRED
     C, N: channels of a tile, and tokens of a program
     ORDER, ROOT: order of the Hadamard matrix, and its root
-    STEP: of the quantizer, in standard deviations
+    STEP: of the quantizer for a Gaussian, in standard deviations
+    MULTIPLES: see `reference.STEP_MULTIPLES`
     """
     block = tl.program_id(0)
     first = tl.load(blocks + block * 3).to(tl.int64)
@@ -187,9 +190,8 @@ def pack_kernel(
             tile -= tl.load(shifts + run * D + k * C + c)
         tiles = tiles + (tile,)
     tiles = turn(tiles, D, C, N, ORDER)
-    step = gaussian_step(sum_of_squares(tiles, D, C, N), STEP * STEP / (D * ORDER))  # [N]
-    divisor = tl.maximum(step.to(tl.float32), 2.0**-24, propagate_nan=tl.PropagateNan.ALL)
-    per_range = (reciprocal(divisor, FUSED) * (1.0 / (2.0**BITS * ROOT)))[:, None]  # [N, 1]
+    step = least_error_step(tiles, D, BITS, FUSED, C, N, ORDER, ROOT, STEP, MULTIPLES)  # [N]
+    per_range = (reciprocal_step(step, FUSED) * (1.0 / (2.0**BITS * ROOT)))[:, None]  # [N, 1]
     codes = ()
     for k in tl.static_range(D // C):
         codes = codes + (code_of(tiles[k], per_range, BITS, FUSED),)
@@ -207,18 +209,6 @@ def pack_kernel(
         store_plane(words + D * 2 // 16, high, live, D, C, 1)
     else:
         store_plane(words, codes, live, D, C, BITS)
-
-
-@triton.jit
-def sum_of_squares(tiles, D: tl.constexpr, C: tl.constexpr, N: tl.constexpr):
-    """fp64 [N]: every eighth square in fp32, one after another as in `reference`, and these sums in fp64."""
-    total = tl.zeros([N], tl.float64)
-    for j in tl.static_range(8 // C):
-        lanes = tiles[j] * tiles[j]  # [N, C]
-        for k in tl.static_range(j + 8 // C, D // C, 8 // C):
-            lanes += tiles[k] * tiles[k]
-        total += tl.sum(lanes.to(tl.float64), 1)
-    return total
 
 
 @triton.jit
@@ -326,17 +316,6 @@ def butterfly(tile, C: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
     pairs = tl.permute(tl.reshape(tile, [N, C // (2 * HALF), 2, HALF]), [0, 1, 3, 2])
     left, right = tl.split(pairs)
     return tl.reshape(tl.permute(tl.join(left + right, left - right), [0, 1, 3, 2]), [N, C])
-
-
-@triton.jit
-def gaussian_step(squares, FACTOR: tl.constexpr):
-    """fp16 root of squares fp64 [N] times FACTOR: the float root, and one step of Newton's in double precision."""
-    target = squares * FACTOR
-    root = tl.sqrt(target.to(tl.float32))
-    safe = tl.maximum(root, 2.0**-100)
-    root64 = root.to(tl.float64)
-    step = (root64 + (target - root64 * root64) * (0.5 / safe).to(tl.float64)).to(tl.float32)
-    return tl.minimum(step, FP16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
