@@ -108,9 +108,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--scorer", default="value_aware", help="which tokens are kept first (value_aware); an unknown name lists all"
-    )
+    parser.add_argument("--scorer", help="which tokens are kept first (learned); an unknown name lists all")
     parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
 
 
@@ -133,6 +131,7 @@ def _add_calibration(parser: argparse.ArgumentParser, out: str) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from ib_analysis.experiments.demo import HELD_OUT, run
     from ib_analysis.files import make_folder
+    from ib_analysis.scorers import DEFAULT
     from ib_analysis.tasks.mixture import MIXTURE
 
     held_out = HELD_OUT if arguments.prompts is None else arguments.prompts
@@ -142,7 +141,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     run(
         arguments.out,
         not arguments.question_agnostic,
-        scorer=arguments.scorer,
+        scorer=arguments.scorer or DEFAULT,
         tasks=arguments.tasks or MIXTURE,
         calibrating=held_out * 3 // 8,
         held_out=held_out,
@@ -167,6 +166,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[s
     from ib_analysis.files import make_folder, read_prompts
     from ib_analysis.model.load import load
     from ib_analysis.replay.examples import PROMPT_LENGTH
+    from ib_analysis.scorers import DEFAULT
     from ib_analysis.search.optimize import PROMPTS
     from ib_analysis.tasks.mixture import mixture
 
@@ -180,7 +180,7 @@ def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, dict[s
     return model, {
         "prompts": prompts,
         "tokenizer": tokenizer,
-        "scorer": arguments.scorer,
+        "scorer": arguments.scorer or DEFAULT,
         "question_aware": not arguments.question_agnostic,
         "seed": arguments.seed,
         "profile_path": arguments.out / "profile.safetensors",
@@ -208,7 +208,7 @@ def _report(arguments: argparse.Namespace) -> None:
         fresh,
         arguments.out,
         name=str(arguments.model or "Embedded model"),
-        scorer=arguments.scorer,
+        scorer=calibration["scorer"],
         question_aware=not arguments.question_agnostic,
         seed=arguments.seed,
     )

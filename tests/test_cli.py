@@ -120,6 +120,13 @@ def test_report_measures_on_other_prompts(tmp_path, run_here):
     assert sum(line.startswith("| 1/") and "| optimal |" in line for line in report.splitlines()) == 4
 
 
+def test_scorers_writes_its_table_and_figure(tmp_path, run_here):
+    done = run_here("scorers", "--out", tmp_path / "out", "--count", 2, "--scorer", "value_aware", "--scorer", "keydiff")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"scorers.{kind}" for kind in ("pdf", "png", "csv")}
+    assert "| keydiff |" in done.stdout
+
+
 def test_estimators_prints_every_estimator(tmp_path, run_here):
     tasks = list(KNOWN_TASKS)[:2]
     done = run_here("estimators", *tasks, "--samples", 100, "--csv", tmp_path / "table.csv")
@@ -154,6 +161,8 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded, run_here):
         (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "maths"], "retrieval, needles"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--task", "text", "--prompts", "PROMPTS"], "one of them"),
         (["report", "--out", "OUT", "--prompts", "PROMPTS", "--held-out", "no/such/file"], "no/such/file"),
+        (["scorers", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv, streaming_llm"),
+        (["scorers", "--out", "OUT", "--policy", "prune"], "there is no policy 'prune'"),
         (["demo", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv, streaming_llm"),
         (["demo", "--out", "OUT", "--task", "maths"], "retrieval, needles"),
         (["objectives", "--out", "OUT", "--scorer", "snapKV"], "value_aware, snapkv"),
@@ -188,6 +197,7 @@ def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file,
         (["estimators", "--samples", "1"], "samples"),
         (["objectives", "--out", "out", "--prompts", "no/such/file"], "no/such/file"),
         (["report", "--out", "out", "--prompts", "no/such/file"], "pass both"),
+        (["scorers", "--out", "out", "--prompts", "no/such/file"], "pass both"),
         (["generate", "--allocation", "no/such/file", "--prompt", "x"], "no/such/file"),
     ],
 )

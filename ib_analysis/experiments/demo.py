@@ -14,7 +14,7 @@ from ib_analysis.experiments.report import SHOWN_SHARE, write_report
 from ib_analysis.model.bundled import CARD, measured
 from ib_analysis.model.load import load
 from ib_analysis.replay.examples import PROMPT_LENGTH
-from ib_analysis.scorers import Scorer
+from ib_analysis.scorers import DEFAULT, Scorer
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.optimize import PROMPTS
 from ib_analysis.tasks import TASKS
@@ -29,7 +29,7 @@ def run(
     out: Path,
     question_aware: bool = True,
     *,
-    scorer: str | Scorer = "value_aware",
+    scorer: str | Scorer = DEFAULT,
     tasks: Sequence[str] = MIXTURE,
     calibrating: int = PROMPTS * 3 // 2,
     held_out: int = HELD_OUT,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.experiments.setup import set_up
 from ib_analysis.replay.examples import Prompts
 from ib_analysis.replay.measurement import sample_plans
-from ib_analysis.scorers import Scorer
+from ib_analysis.scorers import DEFAULT, Scorer
 from ib_analysis.search.objectives import OBJECTIVES, USABLE
 from ib_analysis.search.optimize import allocate, allocate_all
 
@@ -25,7 +25,7 @@ def objective_costs(
     *,
     prompts: Prompts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scorer: str | Scorer = "value_aware",
+    scorer: str | Scorer = DEFAULT,
     question_aware: bool = True,
     shares: Sequence[float] = SHARES,
     seed: int = 0,

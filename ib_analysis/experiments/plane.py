@@ -24,7 +24,7 @@ from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import Prompts
 from ib_analysis.replay.measurement import Sample, bootstrap_interval
 from ib_analysis.replay.replays import Replays
-from ib_analysis.scorers import Scorer
+from ib_analysis.scorers import DEFAULT, Scorer
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.optimize import allocate_all
 
@@ -76,7 +76,7 @@ def information_plane(
     *,
     prompts: Prompts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scorer: str | Scorer = "value_aware",
+    scorer: str | Scorer = DEFAULT,
     question_aware: bool = True,
     shares: Sequence[float] = SHARES,
     seed: int = 0,

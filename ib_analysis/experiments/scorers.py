@@ -23,7 +23,7 @@ from ib_analysis.replay.replay import Replay
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS, Scorer, get_scorer
 from ib_analysis.scorers.learned import Learned
-from ib_analysis.search.fit_scorer import fit_scorer
+from ib_analysis.search.fit_scorer import fit_scorer, read_tokens
 
 SHARES = (1 / 4, 1 / 8, 1 / 16)
 
@@ -63,7 +63,7 @@ def scorer_losses(
     for name, scorer in chosen.items():
         if scorer == Learned():
             seen = make_examples(model, tokenizer, calibrating, question_aware=question_aware, seed=seed)
-            chosen[name] = fit_scorer(Replays(model, spec, seen), seed)
+            chosen[name] = fit_scorer(spec, list(read_tokens(Replays(model, spec, seen), seed)))
     plans = [cell.plans for some in cells.values() for cell in some]
     replays = Replays(model, spec, examples)
 

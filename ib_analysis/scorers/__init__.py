@@ -36,6 +36,7 @@ SCORERS: dict[str, Scorer] = {
     "random": RandomOrder(),
     "tova": tova,
 }
+DEFAULT = "learned"  # which docs/scorers.md compares with the others
 
 
 def get_scorer(given: object) -> Scorer:
@@ -87,4 +88,4 @@ def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
     )
 
 
-__all__ = ["SCORERS", "Scorer", "get_scorer", "scorer_to_json"]
+__all__ = ["DEFAULT", "SCORERS", "Scorer", "get_scorer", "scorer_to_json"]

@@ -48,6 +48,9 @@ class Learned:
             raise CalibrationError(f"a learned scorer needs {len(SIGNS)} weights a head, of {', '.join(SIGNS)}: fit it again")
         object.__setattr__(self, "weights", rows)
 
+    def __repr__(self) -> str:
+        return f"Learned(fitted to {sum(map(len, self.weights))} heads)" if self.weights else "Learned()"
+
     @torch.no_grad()
     def __call__(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> Tensor:
         """See `Scorer`. Raises CalibrationError if it has weights, but none for this layer and its heads."""

@@ -19,13 +19,12 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.candidates import head_options
 from ib_analysis.search.clock import Clock
-from ib_analysis.search.fit_scorer import fit_scorer, unfitted
+from ib_analysis.search.fit_scorer import TokenRows, fit_scorer, read_tokens, unfitted
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.profile import Profile
 
 SAVE_EVERY = 8  # prompts
-PRICES_UNTIL = 0.7  # of the time that a search may take
-LEARNED_UNTIL = 0.4  # likewise
+LEARNED_UNTIL, PRICES_UNTIL = 0.4, 0.75  # of the time that a search may take
 SAME = ("model", "context_length", "settings", "options")  # of a profile that is used again, beside its spec
 
 
@@ -57,8 +56,14 @@ def calibrate(
             profile = found
     clock = clock or Clock()
     if profile.spec.scorer == Learned():
-        fitted = clock.attempt("learning", lambda: fit_scorer(replays, seed), LEARNED_UNTIL)
-        profile.spec = replace(profile.spec, scorer=fitted or Learned())
+        rows: list[TokenRows] = []
+
+        def learn() -> None:
+            for row in read_tokens(replays, seed):
+                rows.append(row)  # noqa: PERF402 - one by one, so that those read before the time is up are there
+
+        clock.attempt("learning", learn, LEARNED_UNTIL, begin_late=True)
+        profile.spec = replace(profile.spec, scorer=fit_scorer(profile.spec, rows))
     replays.spec = profile.spec
     clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile

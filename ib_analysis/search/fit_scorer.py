@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +29,38 @@ TINY = 1e-30  # so that a sign that never differs is not divided by 0
 LARGEST = 1e4  # of a token's share, in means of its prompt
 
 
+class TokenRows(NamedTuple):
+    """The compressible tokens of one example, for each of U heads in the order of `shape.heads`."""
+
+    signs: Tensor  # fp16 [U, n, signs]
+    losses: Tensor  # fp32 [U, n], see `token_losses`
+
+
 def unfitted(spec: CacheSpec) -> CacheSpec:
     """The spec before its learned scorer, if it has one, was fitted."""
     return replace(spec, scorer=Learned()) if isinstance(spec.scorer, Learned) else spec
 
 
-def fit_scorer(replays: Replays, seed: int = 0) -> Learned:
-    """For each head a Poisson regression of tokens' losses on their signs, both relative to their prompt."""
+def read_tokens(replays: Replays, seed: int = 0) -> Iterator[TokenRows]:
+    """The signs and losses of the tokens of as many examples as a fit needs, one example after the other."""
     model, spec = replays.model, replays.spec
     count = min(len(replays), max(PROMPTS, int(np.searchsorted(np.cumsum(replays.lengths), TOKENS)) + 1))
 
-    def read(number: int) -> tuple[Tensor, Tensor]:
+    def read(number: int) -> TokenRows:
         watching = _Watching()
         replay = Replay(model, replace(spec, scorer=watching), replays.examples[number])
         compressible = slice(replay.first, replay.first + replay.tokens)
         signs = torch.cat([watching.signs[layer][:, compressible] for layer in spec.shape.compressible])
-        return signs.half(), token_losses(replay, torch.Generator(input_device(model)).manual_seed(seed * 1_000_003 + number))
+        losses = token_losses(replay, torch.Generator(input_device(model)).manual_seed(seed * 1_000_003 + number))
+        return TokenRows(signs.half(), losses)
 
     with closing(replays.each(read, range(count), "learning which tokens matter")) as found:
-        rows = list(found)  # of signs [U, n, signs] and losses [U, n]
-    weights = iter([_regress([(signs[u], losses[u]) for signs, losses in rows]) for u in range(len(spec.shape.heads))])
+        yield from found
+
+
+def fit_scorer(spec: CacheSpec, rows: Sequence[TokenRows]) -> Learned:
+    """For each head a Poisson regression of tokens' losses on their signs, both relative to their prompt."""
+    weights = iter([_regress([(some.signs[u], some.losses[u]) for some in rows]) for u in range(len(spec.shape.heads))])
     return Learned(
         tuple(
             tuple(next(weights) for _ in range(layer.kv_heads)) if layer.sliding_window is None else ()

@@ -25,7 +25,7 @@ from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import PROMPT_LENGTH, Example, Prompts, check_lengths, make_examples, median_length
 from ib_analysis.replay.measurement import best_plan, sample_plans
 from ib_analysis.replay.replays import Replays
-from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
+from ib_analysis.scorers import DEFAULT, Scorer, get_scorer, scorer_to_json
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.budget import Budget
 from ib_analysis.search.calibration import calibrate
@@ -41,7 +41,7 @@ PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
 PROBE = 12  # prompts that tell how long one takes, where the time is limited
 # Shares of a limited time: that prompts may take to be sampled, and when stages end.
-SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL = 0.3, 0.75, 0.9
+SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL = 0.25, 0.8, 0.9
 
 
 @dataclass(eq=False)
@@ -110,7 +110,7 @@ def optimal_allocation(
     *,
     prompts: Prompts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scorer: str | Scorer = "value_aware",
+    scorer: str | Scorer = DEFAULT,
     objective: str = USABLE,
     question_aware: bool = True,
     seed: int = 0,
@@ -128,7 +128,8 @@ def optimal_allocation(
         prompts: texts, 1-D tensors of token ids, conversations (lists of messages, for a tokenizer with a chat template), or
             `Prompt`s; a third of them decide, the others calibrate. By default 96 of the package's own.
         tokenizer: for prompts that are no token ids; by default the one saved with the model.
-        scorer: a name in SCORERS, or a scorer itself, as SnapKV(window=16); one that is in no registry cannot be saved.
+        scorer: a name in SCORERS, or a scorer itself, as SnapKV(window=16); one that is in no registry cannot be saved. By
+            default one that is fitted to the model and the prompts, as part of the calibration.
         objective: which information the heads retain most of: "usable", about the next tokens, or one that
             `ib_analysis.search.objectives.objective_names()` lists, which tells of the cache itself. These are cheap, but they do
             not know what the model does with a cache: `ib-analysis objectives` shows what that costs. No policy stands in for
@@ -226,7 +227,7 @@ def prepare(
     smallest_share: float,
     *,
     context_length: int | None = None,
-    scorer: str | Scorer = "value_aware",
+    scorer: str | Scorer = DEFAULT,
     question_aware: bool = True,
     seed: int = 0,
     profile_path: str | Path | None = None,

@@ -13,6 +13,7 @@ from ib_analysis.cache.plan import RAW, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.scorers import SCORERS
+from ib_analysis.scorers.learned import Learned
 
 RECENT = Recent(2, 4, 4)
 ARCHITECTURES: dict[str, dict[str, object]] = {
@@ -238,11 +239,16 @@ def test_long_generation_stays_within_its_plan():
     assert cache.nbytes == spec.nbytes(plans, 40 + 149)
 
 
+FITTED = Learned(tuple(((0.3, 0.1, -0.2, 0.1, 0.4, 0.2, 0.3, 1.0, -0.5, 2.0, -0.3, 0.6),) * 2 for _ in range(3)))
+
+
 @pytest.mark.slow
-def test_left_padding_changes_nothing():
+@pytest.mark.parametrize("scorer", [*SCORERS.values(), FITTED], ids=[*SCORERS, "fitted"])
+def test_left_padding_changes_nothing(scorer):
+    """Neither of what the prefill keeps nor of what leaves the window, one token at a time."""
     model = small_model("llama")
     use_attention(model)
-    spec = spec_of(model, Recent(2, 4, 1))
+    spec = CacheSpec(cache_shape(model.config), Recent(2, 4, 1), scorer)
     caches = [CompressedCache(spec, compressing_plans(spec)) for _ in range(2)]
     ids, _ = padded_batch(1)
     padded = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), ids], dim=1)

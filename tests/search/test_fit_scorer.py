@@ -14,7 +14,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.learned import SIGNS, Learned
 from ib_analysis.search.calibration import calibrate
-from ib_analysis.search.fit_scorer import _regress, fit_scorer
+from ib_analysis.search.fit_scorer import _regress, fit_scorer, read_tokens
 from ib_analysis.search.profile import Profile
 from ib_analysis.search.token_losses import token_losses
 from ib_analysis.tasks.mixture import mixture
@@ -44,9 +44,9 @@ def test_it_keeps_more_of_what_would_be_lost_on_other_prompts_than_value_aware(e
     model, tokenizer = embedded
     examples = make_examples(model, tokenizer, mixture("fit", 24, 256))
     spec = CacheSpec(cache_shape(model.config), RECENT, SCORERS["learned"])
-    found = fit_scorer(Replays(model, spec, examples[:16]))
+    found, again = (fit_scorer(spec, list(read_tokens(Replays(model, spec, examples[:16])))) for _ in range(2))
     assert [len(layer) for layer in found.weights] == [layer.kv_heads for layer in spec.shape.layers]
-    assert found == fit_scorer(Replays(model, spec, examples[:16]))
+    assert found == again
     kept = {}
     for scorer in (found, SCORERS["value_aware"]):
         shares = []
@@ -74,7 +74,7 @@ def test_a_calibration_fits_once_and_is_used_again(small_llama, small_prompts, t
 
     first = calibrated(Learned())
     assert first.weights and Profile.load(path).spec.scorer == first
-    monkeypatch.setattr(ib_calibration, "fit_scorer", None)  # it is not asked again
+    monkeypatch.setattr(ib_calibration, "read_tokens", None)  # it is not asked again
     assert calibrated(Learned()) == calibrated(first) == first
     other = Learned(tuple(tuple((1.0,) * len(SIGNS) for _ in layer) for layer in first.weights))
     assert calibrated(other) == other  # weights of one's own are never those of a file
