@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from ib_analysis.experiments.setup import check_shares
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import Prompts, check_lengths, make_examples, median_length
-from ib_analysis.replay.measurement import Sample
+from ib_analysis.replay.measurement import bootstrap_interval, ratio_interval
 from ib_analysis.replay.replay import Replay
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS, Scorer, get_scorer
@@ -93,18 +94,17 @@ def _cells(spec: CacheSpec, policies: Sequence[str], shares: Sequence[float], le
 
 
 def _table(
-    spec: CacheSpec, cells: Mapping[tuple[float, str], list[Cell]], kl_bits: Mapping[str, np.ndarray], length: int
+    spec: CacheSpec, cells: Mapping[tuple[float, str], list[Cell]], kl_bits: Mapping[str, NDArray[np.float64]], length: int
 ) -> pd.DataFrame:
+    """From the losses [prompts, plans] of each scorer, plans in the order of the cells."""
     rows, begin = [], 0
     for (share, policy), some in cells.items():
-        best = {name: begin + int(losses[:, begin : begin + len(some)].mean(0).argmin()) for name, losses in kl_bits.items()}
-        beaten = next(iter(best))
-        for name, index in best.items():
-            pair = np.stack([kl_bits[name][:, index], kl_bits[beaten][:, best[beaten]]], 1)  # [prompts, 2]
-            nothing = np.full(len(pair), np.nan)
-            sample = Sample(pair, nothing[:, None].repeat(2, 1), nothing, nothing, [length])
-            cell, (low, high) = some[index - begin], sample.measurement(0).loss_interval_bits
-            ratio, ratio_low, ratio_high = sample.ratio_interval(0, 1)
+        of_cells = {name: losses[:, begin : begin + len(some)] for name, losses in kl_bits.items()}
+        best = {name: int(losses.mean(0).argmin()) for name, losses in of_cells.items()}
+        of_best = {name: losses[:, best[name]] for name, losses in of_cells.items()}
+        for name, losses in of_best.items():
+            cell, (low, high) = some[best[name]], bootstrap_interval(losses)
+            ratio, ratio_low, ratio_high = ratio_interval(losses, next(iter(of_best.values())))
             rows.append(
                 {
                     "budget_share": share,
@@ -112,7 +112,7 @@ def _table(
                     "scorer": name,
                     "setting": cell.setting,
                     "bits_per_token": 8 * int(spec.nbytes(cell.plans, length)) / length,
-                    "kl_bits": float(pair[:, 0].mean()),
+                    "kl_bits": float(losses.mean()),
                     "low_bits": low,
                     "high_bits": high,
                     "ratio": ratio,

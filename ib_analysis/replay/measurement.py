@@ -105,13 +105,7 @@ class Sample:
 
         The ends are NaN from fewer than two prompts.
         """
-        ratio = float(self.kl_bits[:, plan].mean() / self.kl_bits[:, other].mean())
-        if len(self.kl_bits) < 2:
-            return ratio, nan, nan
-        draws = _draws(len(self.kl_bits))  # [R, examples]
-        ratios = self.kl_bits[draws, plan].mean(1) / self.kl_bits[draws, other].mean(1)
-        low, high = np.percentile(ratios, _percentiles())
-        return ratio, float(low), float(high)
+        return ratio_interval(self.kl_bits[:, plan], self.kl_bits[:, other])
 
 
 def sample_plans(replays: Replays, plans: Sequence[Plans], show: str = "") -> Sample:
@@ -189,6 +183,16 @@ def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
         return nan, nan
     low, high = np.percentile(values[_draws(len(values))].mean(1), _percentiles())
     return float(low), float(high)
+
+
+def ratio_interval(losses: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of losses over the mean of others on the same prompts, with its 95% interval; see `Sample.ratio_interval`."""
+    ratio = float(losses.mean() / others.mean())
+    if len(losses) < 2:
+        return ratio, nan, nan
+    draws = _draws(len(losses))  # [R, examples]
+    low, high = np.percentile(losses[draws].mean(1) / others[draws].mean(1), _percentiles())
+    return ratio, float(low), float(high)
 
 
 def _draws(count: int) -> NDArray[np.int64]:

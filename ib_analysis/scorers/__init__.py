@@ -72,6 +72,12 @@ def _fields(scorer: Scorer) -> dict[str, Any]:
     return {field.name: getattr(scorer, field.name) for field in fields(scorer)} if is_dataclass(scorer) else {}
 
 
+def scorer_name(scorer: Scorer) -> str:
+    """The name of its kind in the registry; of one that is in none, what Python calls it."""
+    alike = (name for name, known in SCORERS.items() if known == scorer or (_fields(scorer) and type(known) is type(scorer)))
+    return next(alike, str(getattr(scorer, "__name__", scorer)))
+
+
 def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
     """The name of a registered scorer, with its fields where they are not those of the registry.
 
@@ -88,4 +94,4 @@ def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
     )
 
 
-__all__ = ["DEFAULT", "SCORERS", "Scorer", "get_scorer", "scorer_to_json"]
+__all__ = ["DEFAULT", "SCORERS", "Scorer", "get_scorer", "scorer_name", "scorer_to_json"]

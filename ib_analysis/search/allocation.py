@@ -20,6 +20,7 @@ from ib_analysis.model.fingerprint import model_fingerprint
 from ib_analysis.model.load import check_model
 from ib_analysis.replay.examples import Prompts
 from ib_analysis.replay.measurement import Measurement, measure_prompts
+from ib_analysis.scorers import scorer_name
 from ib_analysis.search.saved_allocation import allocation_json, read_allocation
 
 
@@ -176,7 +177,8 @@ class Allocation:
     def _compression_text(self) -> list[str]:
         recent = self.spec.recent
         return [
-            f"kept at 16 bits: {recent.sinks} sinks, {recent.window} to {recent.window + recent.flush - 1} recent tokens",
+            f"kept at 16 bits: {recent.sinks} sinks, {recent.window} to {recent.window + recent.flush - 1} recent tokens; "
+            f"others are ranked by {scorer_name(self.spec.scorer)}",
             f"in-sample loss {self.in_sample_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
             f"{self.loss_sum_bits:.4g}; the knapsack's dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
         ]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ib_analysis.errors import UnknownNameError
-from ib_analysis.scorers import SCORERS, SnapKV, ValueAware, get_scorer, scorer_to_json
+from ib_analysis.scorers import SCORERS, SnapKV, ValueAware, get_scorer, scorer_name, scorer_to_json
 
 B, H, H_KV, T, D = 2, 4, 2, 20, 8
 SCALING = D**-0.5
@@ -109,6 +109,12 @@ def test_a_class_is_no_scorer(given):
 def test_fields_that_a_scorer_has_not_are_refused(given, said):
     with pytest.raises(UnknownNameError, match=said):
         get_scorer(given)
+
+
+def test_names_are_those_of_the_registry_whatever_the_fields():
+    assert [scorer_name(scorer) for scorer in SCORERS.values()] == list(SCORERS)
+    assert scorer_name(SnapKV(window=16)) == "snapkv"
+    assert scorer_name(mine) == "mine" and scorer_name(Mine()) == "Mine(power=2)"
 
 
 def test_scorers_are_values():
