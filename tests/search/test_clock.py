@@ -114,7 +114,7 @@ def test_interrupted_at_a_random_moment(shared_llama, prompts, whole, tmp_path, 
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")
 def test_minutes_are_kept_and_named(shared_llama, prompts):
     begin = monotonic()
-    with pytest.warns(UserWarning, match=r"0\.001 minutes ended gradients, .*deciding"):
+    with pytest.warns(UserWarning, match=r"0\.001 minutes ended learning, gradients, .*deciding"):
         found = search(shared_llama, prompts, minutes=0.001)
     assert monotonic() - begin < 20  # with what it takes to load and to sample
     assert found.validation is None
