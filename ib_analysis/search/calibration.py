@@ -19,7 +19,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.candidates import head_options
 from ib_analysis.search.clock import Clock
-from ib_analysis.search.fit_scorer import TokenRows, fit_scorer, read_tokens, unfitted
+from ib_analysis.search.fit_scorer import TokenRows, fit_scorer, prompts_to_read, read_tokens, unfitted
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.profile import Profile
 
@@ -64,6 +64,8 @@ def calibrate(
 
         clock.attempt("learning", learn, LEARNED_UNTIL, begin_late=True)
         profile.spec = replace(profile.spec, scorer=fit_scorer(profile.spec, rows))
+        if len(rows) < prompts_to_read(replays):  # said in the file, so that a search with more time learns again
+            profile.settings = profile.settings | {"learned_prompts": len(rows)}
     replays.spec = profile.spec
     clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile

@@ -41,10 +41,14 @@ def unfitted(spec: CacheSpec) -> CacheSpec:
     return replace(spec, scorer=Learned()) if isinstance(spec.scorer, Learned) else spec
 
 
+def prompts_to_read(replays: Replays) -> int:
+    """How many examples a fit needs."""
+    return min(len(replays), max(PROMPTS, int(np.searchsorted(np.cumsum(replays.lengths), TOKENS)) + 1))
+
+
 def read_tokens(replays: Replays, seed: int = 0) -> Iterator[TokenRows]:
     """The signs and losses of the tokens of as many examples as a fit needs, one example after the other."""
     model, spec = replays.model, replays.spec
-    count = min(len(replays), max(PROMPTS, int(np.searchsorted(np.cumsum(replays.lengths), TOKENS)) + 1))
 
     def read(number: int) -> TokenRows:
         watching = _Watching()
@@ -54,7 +58,7 @@ def read_tokens(replays: Replays, seed: int = 0) -> Iterator[TokenRows]:
         losses = token_losses(replay, torch.Generator(input_device(model)).manual_seed(seed * 1_000_003 + number))
         return TokenRows(signs.half(), losses)
 
-    with closing(replays.each(read, range(count), "learning which tokens matter")) as found:
+    with closing(replays.each(read, range(prompts_to_read(replays)), "learning which tokens matter")) as found:
         yield from found
 
 

@@ -52,5 +52,5 @@ def test_parts_count_in_standard_deviations_and_the_ends_come_first():
 def test_a_padded_sequence_is_scored_as_it_is_alone():
     query, keys, values, valid = left_padded()
     whole = Compactor()(torch.nn.Module(), query, keys, values, valid, SCALING)[1:, :, 11:]
-    alone = (x[1:, :, 11:] for x in (query, keys, values))
-    assert torch.equal(whole, Compactor()(torch.nn.Module(), *alone, valid[1:, 11:], SCALING))
+    q, k, v = (x[1:, :, 11:] for x in (query, keys, values))
+    assert torch.equal(whole, Compactor()(torch.nn.Module(), q, k, v, valid[1:, 11:], SCALING))

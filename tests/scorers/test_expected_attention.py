@@ -41,8 +41,7 @@ def test_scores_are_those_of_gaussian_queries_to_come(monkeypatch, chunk_bytes):
 def test_other_positions_are_refused_by_name(parameters):
     module = torch.nn.Module()
     if parameters is not None:
-        module.config = LlamaConfig()
-        module.config.rope_parameters = parameters
+        module.config = LlamaConfig(rope_parameters=parameters)
     x = torch.randn(1, 2, 10, 8)
     with pytest.raises(UnsupportedModelError, match=r"queries to come are not known: use another scorer"):
         ExpectedAttention()(module, x, x, x, torch.ones(1, 10, dtype=torch.bool), SCALING)

@@ -48,8 +48,8 @@ def test_signs_are_logarithms_less_their_mean():
 def test_a_sequence_is_read_alone_and_padding_is_not():
     query, keys, values, valid = left_padded()
     found = token_signs(module_of(0), query, keys, values, valid, SCALING)
-    alone = (x[1:, :, PADDED:] for x in (query, keys, values))
-    torch.testing.assert_close(found[1:, :, PADDED:], token_signs(module_of(0), *alone, valid[1:, PADDED:], SCALING))
+    q, k, v = (x[1:, :, PADDED:] for x in (query, keys, values))
+    torch.testing.assert_close(found[1:, :, PADDED:], token_signs(module_of(0), q, k, v, valid[1:, PADDED:], SCALING))
     assert not found[1, :, :PADDED].any()
 
 
@@ -63,7 +63,8 @@ def test_scores_are_each_head_s_weighted_sums(layer):
 
 
 def test_without_weights_it_ranks_as_value_aware():
-    block = (module_of(0), *left_padded(), SCALING)
+    query, keys, values, valid = left_padded()
+    block = (module_of(0), query, keys, values, valid, SCALING)
     assert torch.equal(Learned()(*block), ValueAware()(*block))
 
 
@@ -74,7 +75,8 @@ def test_it_is_saved_with_its_weights():
 
 
 def test_another_model_s_weights_are_refused():
+    query, keys, values, valid = left_padded()
     with pytest.raises(CalibrationError, match=r"weights for 0 KV heads of layer 2, which has 2: optimal_allocation fits"):
-        Learned(WEIGHTS)(module_of(2), *left_padded(), SCALING)
+        Learned(WEIGHTS)(module_of(2), query, keys, values, valid, SCALING)
     with pytest.raises(CalibrationError, match=r"needs 12 weights a head, of value_aware, "):
         Learned((((1.0, 2.0),),))

@@ -14,6 +14,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.learned import SIGNS, Learned
 from ib_analysis.search.calibration import calibrate
+from ib_analysis.search.clock import Clock
 from ib_analysis.search.fit_scorer import _regress, fit_scorer, read_tokens
 from ib_analysis.search.profile import Profile
 from ib_analysis.search.token_losses import token_losses
@@ -31,8 +32,8 @@ def test_known_weights_are_found():
         signs = torch.tensor(rng.normal(size=(500, len(SIGNS))) * np.linspace(0.1, 3, len(SIGNS)))
         prompts.append((signs, factor * (signs @ torch.tensor(truth)).exp()))
     found = np.array(_regress(prompts))
-    signs = torch.cat([signs for signs, _ in prompts]).numpy()
-    assert np.corrcoef(signs @ found, signs @ truth)[0, 1] > 0.98
+    every = torch.cat([signs for signs, _ in prompts]).numpy()
+    assert np.corrcoef(every @ found, every @ truth)[0, 1] > 0.98
 
 
 def test_a_head_that_loses_nothing_prefers_nothing():
@@ -78,3 +79,17 @@ def test_a_calibration_fits_once_and_is_used_again(small_llama, small_prompts, t
     assert calibrated(Learned()) == calibrated(first) == first
     other = Learned(tuple(tuple((1.0,) * len(SIGNS) for _ in layer) for layer in first.weights))
     assert calibrated(other) == other  # weights of one's own are never those of a file
+
+
+@pytest.mark.slow
+def test_what_was_learned_in_too_little_time_is_not_used_again(small_llama, small_prompts, tmp_path):
+    examples = make_examples(small_llama, None, small_prompts[:2])
+    spec, path = CacheSpec(cache_shape(small_llama.config), RECENT, Learned()), tmp_path / "profile.safetensors"
+    hurried, clock = Replays(small_llama, spec, examples), Clock(minutes=1e-6)
+    hurried.at_once, hurried.check = 1, clock.check
+    cut = calibrate(hurried, 112, settings={}, path=path, clock=clock)
+    assert cut.settings["learned_prompts"] == 1 and clock.cut[0] == "learning"
+    cut.save(path)
+    whole = calibrate(Replays(small_llama, spec, examples), 112, settings={}, path=path)
+    assert "learned_prompts" not in whole.settings and whole.spec != cut.spec
+    assert calibrate(Replays(small_llama, spec, examples), 112, settings={}).spec == whole.spec
