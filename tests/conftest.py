@@ -4,6 +4,8 @@ Large modules are imported where they are used: the process that hands tests to 
 """
 
 import warnings
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
@@ -28,8 +30,14 @@ def embedded():
     return ib.load()
 
 
+@pytest.fixture(scope="module")
+def bench(calibrated_bench):
+    """Measured anew in each file, so that no test depends on what others measured before it."""
+    return replace(calibrated_bench, profile=deepcopy(calibrated_bench.profile))
+
+
 @pytest.fixture(scope="session")
-def bench(embedded, tmp_path_factory):
+def calibrated_bench(embedded, tmp_path_factory):
     """A calibration with 24 prompts of 256 tokens, for budgets from 1/16 up, saved as it grew."""
     from ib_analysis.replay.examples import make_examples
     from ib_analysis.search.optimize import prepare
