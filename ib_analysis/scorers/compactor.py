@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ib_analysis.scorers.positions import without_positions
+from ib_analysis.scorers.scorer import sequences
 
 JITTER = 1e-2  # added to the eigenvalues of the keys' second moment
 SINKS, RECENT = 8, 4  # tokens of a whole sequence that come first in any case, and do not count in statistics
@@ -32,11 +33,8 @@ class Compactor:
     def __call__(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> Tensor:
         """See `Scorer`."""
         scores = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-        for b, first in enumerate((~valid).sum(1).tolist()):  # one by one: chunks and statistics begin where a sequence does
-            queries = min(query.shape[2], keys.shape[2] - first)
-            scores[b, :, first:] = self._of_sequence(
-                module, query[b, :, query.shape[2] - queries :].float(), keys[b, :, first:].float(), values[b, :, first:].float()
-            )
+        for b, first, q, k, v in sequences(query, keys, values, valid):  # chunks and statistics begin where a sequence does
+            scores[b, :, first:] = self._of_sequence(module, q, k, v)
         return scores
 
     def _of_sequence(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -46,9 +44,8 @@ class Compactor:
         some = slice(SINKS, tokens - RECENT) if whole else slice(None)
         attention = noncausal_attention(query[:, some] if whole else query, keys[:, some], self.chunk)
         attention = F.avg_pool1d(attention * values[:, some].norm(dim=-1), 3, stride=1, padding=1)
-        scores = self.leverage_weight * _standardised(leverage(without_positions(module, keys[:, some]))) + _standardised(
-            attention
-        )
+        levered = leverage(without_positions(module, keys[:, some]))
+        scores = self.leverage_weight * _standardised(levered) + _standardised(attention)
         return F.pad(scores, (SINKS, RECENT), value=float(scores.max())) if whole else scores
 
 

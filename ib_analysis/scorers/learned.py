@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ib_analysis.errors import CalibrationError
 from ib_analysis.scorers.compactor import leverage, noncausal_attention
 from ib_analysis.scorers.keydiff import keydiff
 from ib_analysis.scorers.positions import without_positions
+from ib_analysis.scorers.scorer import sequences
 from ib_analysis.scorers.snapkv import SnapKV
 from ib_analysis.scorers.value_aware import ValueAware
 
@@ -44,8 +46,10 @@ class Learned:
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(tuple(map(float, head)) for head in layer) for layer in self.weights)  # JSON has lists
-        if any(len(head) != len(SIGNS) for layer in rows for head in layer):
-            raise CalibrationError(f"a learned scorer needs {len(SIGNS)} weights a head, of {', '.join(SIGNS)}: fit it again")
+        if any(len(head) != len(SIGNS) or not all(map(isfinite, head)) for layer in rows for head in layer):
+            raise CalibrationError(
+                f"a learned scorer needs {len(SIGNS)} finite weights a head, of {', '.join(SIGNS)}: fit it again"
+            )
         object.__setattr__(self, "weights", rows)
 
     def __repr__(self) -> str:
@@ -74,10 +78,8 @@ def token_signs(module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, 
     Arguments are those of a scorer. Each sequence is read alone, so that the others and padding do not count.
     """
     signs = torch.zeros(*keys.shape[:3], len(SIGNS), dtype=torch.float32, device=keys.device)
-    for b, first in enumerate((~valid).sum(1).tolist()):
-        queries = min(query.shape[2], keys.shape[2] - first)
-        q, k, v = query[b : b + 1, :, query.shape[2] - queries :], keys[b : b + 1, :, first:], values[b : b + 1, :, first:]
-        found = _signs(module, q.float(), k.float(), v.float(), scaling)
+    for b, first, q, k, v in sequences(query, keys, values, valid):
+        found = _signs(module, q[None], k[None], v[None], scaling)
         signs[b, :, first:] = found - found.mean(1, keepdim=True)
     return signs
 

@@ -24,6 +24,14 @@ class Scorer(Protocol):
         ...
 
 
+def sequences(query: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """Each sequence without its padding: (b, position of its first token, queries fp32 [H, m, D], keys, values [H_kv, t, D])."""
+    for b, first in enumerate((~valid).sum(1).tolist()):
+        queries = min(query.shape[2], keys.shape[2] - first)
+        newest = query[b, :, query.shape[2] - queries :]
+        yield b, first, newest.float(), keys[b, :, first:].float(), values[b, :, first:].float()
+
+
 def attention_blocks(query: Tensor, keys: Tensor, valid: Tensor, scaling: float) -> Iterator[Tensor]:
     """Causal attention weights of all queries [B, H, M, D], some queries at a time: fp32 [B, H_kv, G * m, T].
 

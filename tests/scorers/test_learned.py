@@ -78,5 +78,6 @@ def test_another_model_s_weights_are_refused():
     query, keys, values, valid = left_padded()
     with pytest.raises(CalibrationError, match=r"weights for 0 KV heads of layer 2, which has 2: optimal_allocation fits"):
         Learned(WEIGHTS)(module_of(2), query, keys, values, valid, SCALING)
-    with pytest.raises(CalibrationError, match=r"needs 12 weights a head, of value_aware, "):
-        Learned((((1.0, 2.0),),))
+    for head in ((1.0, 2.0), (float("nan"),) * len(SIGNS)):
+        with pytest.raises(CalibrationError, match=r"needs 12 finite weights a head, of value_aware, "):
+            Learned(((head,),))
