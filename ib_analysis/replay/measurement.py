@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan, nan
+from sys import float_info
 from typing import Any
 
 import numpy as np
@@ -143,38 +144,30 @@ def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
 def best_plans(replays: Replays, grids: Sequence[Sequence[Plans]], show: str = "") -> list[int]:
     """For each grid the index of the plan with the least mean loss over all prompts.
 
-    The plan of a grid that loses least on a few prompts is measured on all. The others meet the prompts on which it loses
-    most first, and are dropped as soon as they have lost more than it does on all prompts: no loss is negative, so the
-    answer is exact, yet most plans are measured on few prompts. Grids share what they can: many plans at once take less time.
+    The plan of a grid that loses least on a few prompts is measured on all. The others meet the prompts on which these leaders
+    lose most first, and are dropped as soon as they have lost more than their leader does on all prompts: no loss is
+    negative, so the answer is exact, yet most plans are measured on few prompts. Grids share what they can: many plans at once
+    take less time.
     """
     few = -(-len(replays) // PILOT)
+    begins = np.cumsum([0, *map(len, grids)])
     everything = [plans for grid in grids for plans in grid]
-    pilot = replays.measure(everything, show, range(few))[0].sum(0)
-    losses = np.split(pilot, np.cumsum([len(grid) for grid in grids])[:-1])  # of each grid
-    leaders = [int(some.argmin()) for some in losses]
-    leading, _ = replays.measure([grid[leader] for grid, leader in zip(grids, leaders)], show)  # [examples, grids]
-    return [
-        _best(replays, grid, leader, some, leading[:, g], show)
-        for g, (grid, leader, some) in enumerate(zip(grids, leaders, losses))
-    ]
-
-
-def _best(
-    replays: Replays, plans: Sequence[Plans], leader: int, losses: NDArray[np.float64], leading: NDArray[np.float64], show: str
-) -> int:
-    """The best of a grid, from the sums of the losses [plans] on the first prompts and its leader's losses [examples]."""
-    few = -(-len(replays) // PILOT)
-    to_beat = leading.sum() * (1 + ROUNDING)
-    alive = np.flatnonzero((losses <= to_beat) & (np.arange(len(plans)) != leader))
-    hardest = (few + np.argsort(-leading[few:], kind="stable")).tolist()
+    grid_of = np.repeat(np.arange(len(grids)), np.diff(begins))
+    losses = replays.measure(everything, show, range(few))[0].sum(0)  # of each plan, on the prompts that it has met
+    leaders = [int(begin + losses[begin:end].argmin()) for begin, end in zip(begins, begins[1:])]
+    leading, _ = replays.measure([everything[leader] for leader in leaders], show)  # [examples, grids]
+    losses[leaders] = leading.sum(0)
+    to_beat = losses[leaders][grid_of] * (1 + ROUNDING)
+    racing = np.setdiff1d(np.flatnonzero(losses <= to_beat), leaders)
+    hardest = few + np.argsort(-(leading[few:] / leading.mean(0).clip(float_info.min)).sum(1), kind="stable")
     for begin in tqdm(range(0, len(hardest), replays.at_once), desc=show, disable=not show, leave=False):
-        if len(alive) == 0:
-            return leader
-        numbers = hardest[begin : begin + replays.at_once]
-        losses[alive] += replays.measure([plans[i] for i in alive.tolist()], numbers=numbers)[0].sum(0)
-        alive = alive[losses[alive] <= to_beat]
-    losses[leader] = leading.sum()
-    return min([leader, *alive.tolist()], key=lambda plan: float(losses[plan]))
+        if len(racing) == 0:
+            break
+        numbers = hardest[begin : begin + replays.at_once].tolist()
+        losses[racing] += replays.measure([everything[plan] for plan in racing.tolist()], numbers=numbers)[0].sum(0)
+        racing = racing[losses[racing] <= to_beat[racing]]
+    finalists = [[leader, *racing[grid_of[racing] == grid]] for grid, leader in enumerate(leaders)]
+    return [int(min(some, key=lambda plan: float(losses[plan])) - begin) for some, begin in zip(finalists, begins)]
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
