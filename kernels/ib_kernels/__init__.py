@@ -6,9 +6,10 @@ and one row in `formats.FORMATS`. Depends on torch, NumPy and Triton only.
 """
 
 from ib_kernels.attention import merge, partial_attention
+from ib_kernels.bases import Bases, turn
 from ib_kernels.bitpack import pack, unpack, words_per_token
 from ib_kernels.decoding import Window, packed_attention
-from ib_kernels.encoding import decode, encode, roundtrip
+from ib_kernels.encoding import decode, encode, in_bases, roundtrip
 from ib_kernels.formats import FORMATS, get_format
 from ib_kernels.formats.format import RAW_BITS, Format, MetadataRows, Quantizer, SideName, Sides
 from ib_kernels.nbytes import RUN_BYTES, side_nbytes, tokens_nbytes
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "RAW_BITS",
     "RUN_BYTES",
+    "Bases",
     "Format",
     "MetadataRows",
     "Packed",
@@ -34,6 +36,7 @@ __all__ = [
     "decode",
     "encode",
     "get_format",
+    "in_bases",
     "merge",
     "pack",
     "packed_attention",
@@ -44,6 +47,7 @@ __all__ = [
     "schedule",
     "side_nbytes",
     "tokens_nbytes",
+    "turn",
     "unpack",
     "unpack_tokens",
     "words_per_token",

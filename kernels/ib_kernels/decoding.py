@@ -12,7 +12,7 @@ from ib_kernels.attention import partial_attention
 from ib_kernels.backends import Backend, backend_of, check_kernel
 from ib_kernels.formats import get_format, get_kernels
 from ib_kernels.formats.format import RAW_BITS, layout, row_count
-from ib_kernels.packed import Packed, unpack_tokens
+from ib_kernels.packed import Packed, bases_of_runs, unpack_stored
 from ib_kernels.ragged import check_pairs, pad
 from ib_kernels.scheduling import Schedule
 from torch import Tensor
@@ -93,7 +93,10 @@ def packed_attention_reference(
 
 def _attend_part(query: Tensor, part: Packed, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Attention of query [P, R, D] to the P runs of a part."""
-    keys, values = unpack_tokens(part, "reference")
+    keys, values = unpack_stored(part)
+    bases = bases_of_runs(part)
+    if bases is not None:  # q . (k B) = (q B^T) . k, and there are fewer queries than keys
+        query = query.float() @ bases.back.mT
     padded_keys, present = pad(keys, part.lengths)
     padded_values, _ = pad(values, part.lengths)
     return partial_attention(query, padded_keys, padded_values, present[:, None], scaling, softcap)

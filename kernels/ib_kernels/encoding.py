@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from ib_kernels import ragged
+from ib_kernels.bases import Bases, turn
 from ib_kernels.formats import get_format
 from ib_kernels.formats.format import RAW_BITS, Quantizer, Side, SideName, check_precision, saturating
 from torch import Tensor
@@ -30,11 +31,18 @@ def decode(quantizer: Quantizer, codes: Tensor, metadata: Side, lengths: Tensor,
 
 @torch.no_grad()
 def roundtrip(
-    format_name: str, side: SideName, x: Tensor, lengths: Tensor, bits: int, dtype: torch.dtype = torch.float16
+    format_name: str,
+    side: SideName,
+    x: Tensor,
+    lengths: Tensor,
+    bits: int,
+    dtype: torch.dtype = torch.float16,
+    bases: Bases | None = None,
 ) -> Tensor:
     """Keys or values x [N, D], runs of lengths [P] one after the other, as they are after quantization: fp32 [N, D].
 
     Bit for bit what `PackedTokens.unpack` gives for the same runs; `bits` = 16 rounds to `dtype`.
+    `bases` has the matrices of each run [P, D, D], which count only for keys of formats that are stored in them.
     Raises ValueError for an unknown format, precision or dtype.
     """
     check_precision(bits, dtype)
@@ -42,5 +50,13 @@ def roundtrip(
         raise ValueError(f"expected floats [N, D], got {x.dtype} {list(x.shape)}")
     ragged.check(x, lengths)
     quantizer: Quantizer = getattr(get_format(format_name), side)
-    codes, metadata = encode(quantizer, x, lengths, bits, dtype)
-    return decode(quantizer, codes, metadata, lengths, bits)
+    if bases is None or not in_bases(format_name, side, bits):
+        codes, metadata = encode(quantizer, x, lengths, bits, dtype)
+        return decode(quantizer, codes, metadata, lengths, bits)
+    codes, metadata = encode(quantizer, turn(x, lengths, bases.into), lengths, bits, dtype)
+    return turn(decode(quantizer, codes, metadata, lengths, bits), lengths, bases.back)
+
+
+def in_bases(format_name: str, side: SideName, bits: int) -> bool:
+    """Whether such numbers are stored in the coordinates of a basis, where there is one."""
+    return side == "keys" and bits != RAW_BITS and get_format(format_name).turns_keys

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from ib_kernels import bitpack
 from ib_kernels.backends import Backend, Form, backend_of, check_kernel
+from ib_kernels.bases import Bases, turn
 from ib_kernels.encoding import decode
 from ib_kernels.formats import get_format, get_kernels
 from ib_kernels.formats.format import RAW_BITS, MetadataRows, Quantizer, Side, SideName, layout
@@ -26,9 +27,13 @@ class Packed:
         keys: "words" int16 [N, words_per_token] (see `bitpack`), and for
             kivi "scale", "minimum" fp16 [G, D], a row for each group of 32 tokens of a run, of which the last may be short;
             rotated "scale" fp16 [N, 1], "centre" fp16 [P, D]. Every format says it in `Quantizer.metadata`.
-        values: "words" as for keys, and for kivi "scale", "minimum" fp16 [N, ceil(D / 32)]; rotated "scale" fp16 [N, 1].
+            spectral "steps" int16 [N, 1], "deviations" fp16 [P, 4], "centre" fp16 [P, D].
+        values: "words" as for keys, and for kivi "scale", "minimum" fp16 [N, ceil(D / 32)]; rotated and spectral "scale"
+            fp16 [N, 1].
         lengths: int32 [P], tokens of each run, 0 allowed.
         pairs: int32 [P], the (sequence, KV head) pair that each run belongs to.
+        bases: of the H KV heads, that of pair p being p modulo H; None where keys are stored as they are. They belong to the
+            model, and are no part of what a cache holds.
     """
 
     format: str
@@ -39,6 +44,7 @@ class Packed:
     values: Side
     lengths: Tensor
     pairs: Tensor
+    bases: Bases | None = None
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -79,11 +85,9 @@ def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tenso
     """
     raw = RAW_BITS in (packed.key_bits, packed.value_bits)
     if raw or backend_of(packed.lengths.device, [packed.form], backend) == "reference":
-        fmt = get_format(packed.format)
-        return (
-            _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
-            _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
-        )
+        keys, values = unpack_stored(packed)
+        bases = bases_of_runs(packed)
+        return keys if bases is None else turn(keys, packed.lengths, bases.back), values
     check_kernel(packed.head_dim, *packed.form)
     if not all(tensor.is_contiguous() for tensor in packed.tensors):
         raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
@@ -92,6 +96,22 @@ def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tenso
         keys = kernels.unpack("keys", packed.keys, packed.lengths, packed.head_dim, packed.key_bits)
         values = kernels.unpack("values", packed.values, packed.lengths, packed.head_dim, packed.value_bits)
     return keys, values
+
+
+def unpack_stored(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, with keys in the coordinates that they are stored in (see `bases_of_runs`)."""
+    fmt = get_format(packed.format)
+    return (
+        _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
+        _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
+    )
+
+
+def bases_of_runs(packed: Packed) -> Bases | None:
+    """The bases that the keys of each run are stored in, [P, D, D]; None if they are stored as they are."""
+    if packed.bases is None:
+        return None
+    return packed.bases.of(packed.pairs % len(packed.bases.back))
 
 
 def _unpack(quantizer: Quantizer, side: Side, lengths: Tensor, bits: int, head_dim: int) -> Tensor:
@@ -104,7 +124,7 @@ def _check_side(side_name: SideName, side: Side, shapes: dict[str, MetadataRows]
     groups = [side[name].shape[0] for name, rows in shapes.items() if rows.tokens_per_row > 1]
     for name, rows in shapes.items():
         count = {0: runs, 1: side["words"].shape[0]}.get(rows.tokens_per_row, max(groups, default=0))
-        dtypes = (torch.float16,) if name != "words" else (torch.int16,) if bits != RAW_BITS else WORD_DTYPES
+        dtypes = (rows.dtype,) if name != "words" else (torch.int16,) if bits != RAW_BITS else WORD_DTYPES
         if side[name].shape != (count, rows.width) or side[name].dtype not in dtypes:
             raise ValueError(
                 f"the {side_name} {name} of {bits} bits must be {list(dtypes)} [{count}, {rows.width}], "

@@ -11,7 +11,7 @@ from ib_kernels.backends import Backend, Form
 from ib_kernels.formats import get_format
 from ib_kernels.formats.format import MetadataRows, Quantizer, Side, Sides, layout, row_count
 from ib_kernels.packed import Packed, unpack_tokens
-from ib_kernels.packing import quantize_pack
+from ib_kernels.packing import in_coordinates, quantize_pack
 from torch import Tensor
 
 
@@ -102,15 +102,17 @@ class PackedTokens:
             to = ragged.places(tail.lengths, sum(n % group for n in held), lengths, keys.shape[0])
             keys, values = (ragged.place(old, x, to) for old, x in zip(unpack_tokens(tail, self.backend), (keys, values)))
             added = tail.lengths + lengths
-        named = {"fitted": fitted, "raw_dtype": self.dtype, "backend": self.backend}
+        named = {"fitted": fitted, "raw_dtype": self.dtype, "backend": self.backend, "bases": packed.bases}
         more = _quantize(packed.form, keys, values, added, packed.pairs, **named)
         self.packed = _joined(head, more)
 
     def select(self, runs: Tensor, pairs: Tensor | None = None) -> PackedTokens:
         """A copy of the runs that the integer vector `runs` names, in its order, repeats allowed, as runs of `pairs` int32.
 
-        By default run p of the copy is that of pair p.
+        By default run p of the copy is that of pair p; tokens in bases, which pairs have, need to be told. Raises ValueError.
         """
+        if pairs is None and self.packed.bases is not None:
+            raise ValueError("keys are stored in the bases of their pairs: pass the pairs of the runs selected")
         chosen, held = ragged.check_pairs(runs, self.lengths.shape[0]), self.lengths.tolist()
         runs = runs.to(self.lengths.device, torch.int64)
         rows = {}
@@ -127,7 +129,8 @@ class PackedTokens:
             {name: tensor.to(device) for name, tensor in side.items()} for side in (self.packed.keys, self.packed.values)
         )
         lengths, pairs = self.lengths.to(device), self.packed.pairs.to(device)
-        packed = dataclasses.replace(self.packed, keys=keys, values=values, lengths=lengths, pairs=pairs)
+        bases = None if self.packed.bases is None else self.packed.bases.to(device)
+        packed = dataclasses.replace(self.packed, keys=keys, values=values, lengths=lengths, pairs=pairs, bases=bases)
         return PackedTokens(packed, self.dtype, self.backend)
 
 
@@ -214,6 +217,7 @@ def _fitted(packed: Packed, keys: Tensor, values: Tensor, lengths: Tensor) -> Si
         return {name: torch.where(begins, anew[name], tensor) for name, tensor in held.items()}
 
     once = _once(packed)
+    keys = in_coordinates(keys, lengths, packed.pairs, packed.bases)
     return Sides(kept(once.keys, fmt.keys, keys), kept(once.values, fmt.values, values))
 
 

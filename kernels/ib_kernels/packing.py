@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from ib_kernels import bitpack, ragged
 from ib_kernels.backends import Backend, backend_of, check_kernel
-from ib_kernels.encoding import encode
+from ib_kernels.bases import Bases, turn
+from ib_kernels.encoding import encode, in_bases
 from ib_kernels.formats import get_format, get_kernels
 from ib_kernels.formats.format import RAW_BITS, Quantizer, Side, SideName, Sides, check_precision, layout
 from ib_kernels.packed import Packed
@@ -27,6 +28,7 @@ def quantize_pack(
     fitted: Sides | None = None,
     raw_dtype: torch.dtype = torch.float16,
     backend: Backend | None = None,
+    bases: Bases | None = None,
 ) -> Packed:
     """Packed tokens of P runs. On a GPU one pass reads the kept tokens.
 
@@ -42,6 +44,7 @@ def quantize_pack(
             rotated run keeps its "centre"; by default these are the first.
         raw_dtype: torch.float16 or torch.bfloat16, what 16 bits means. Larger values saturate.
         backend: by default that of the device (see `backends`). Both give the same bits.
+        bases: of the H KV heads, that of pair p being p modulo H, for formats that store keys in them; None for as they are.
 
     Raises ValueError for an unknown format or precision, for shapes, dtypes or devices that do not fit and, if the kernels
     run, for a head_dim that is no multiple of 16 up to 256 and for 16 bits on one side only.
@@ -53,6 +56,7 @@ def quantize_pack(
         _check_fitted("keys", get_format(fmt).keys, fitted.keys, key_bits, keys, lengths)
         _check_fitted("values", get_format(fmt).values, fitted.values, value_bits, values, lengths)
     counts = _read(keys, rows, lengths)
+    bases = bases if in_bases(fmt, "keys", key_bits) else None
     form = fmt, key_bits, value_bits
     if backend_of(keys.device, [form], backend) == "triton" and not key_bits == value_bits == RAW_BITS:
         check_kernel(keys.shape[3], *form)
@@ -60,11 +64,19 @@ def quantize_pack(
             sides = get_kernels(fmt).load().pack(keys, values, rows, lengths, counts, (key_bits, value_bits), fitted)
     else:
         quantizers, kept = get_format(fmt), (None, None) if fitted is None else fitted
+        kept_keys = in_coordinates(_gather(keys, rows), lengths, pairs, bases)
         sides = Sides(
-            _packed_side(quantizers.keys, _gather(keys, rows), lengths, key_bits, raw_dtype, kept[0]),
+            _packed_side(quantizers.keys, kept_keys, lengths, key_bits, raw_dtype, kept[0]),
             _packed_side(quantizers.values, _gather(values, rows), lengths, value_bits, raw_dtype, kept[1]),
         )
-    return Packed(*form, keys.shape[3], *sides, lengths, pairs)
+    return Packed(*form, keys.shape[3], *sides, lengths, pairs, bases)
+
+
+def in_coordinates(keys: Tensor, lengths: Tensor, pairs: Tensor, bases: Bases | None) -> Tensor:
+    """Keys [N, D] of runs of lengths [P] as they are quantized: in the bases of their pairs [P], if there are any."""
+    if bases is None:
+        return keys
+    return turn(keys, lengths, bases.of(pairs % len(bases.into)).into)
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:

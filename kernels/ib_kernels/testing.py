@@ -77,7 +77,7 @@ def _check_metadata(metadata: Side, quantizer: Quantizer, what: str, bits: int, 
         expected = [sum(row_count(rows.tokens_per_row, n) for n in LENGTHS), rows.width]
         found = metadata[name]
         assert list(found.shape) == expected, f"{what}: {name} of {bits} bits is {list(found.shape)}, not {expected}"
-        assert found.dtype == torch.float16, f"{what}: {name} is {found.dtype}, not fp16"
+        assert found.dtype == rows.dtype, f"{what}: {name} is {found.dtype}, not {rows.dtype}"
 
 
 def _check_runs_apart(quantizer: Quantizer, x: Tensor, decoded: Tensor, what: str, bits: int) -> None:

@@ -221,7 +221,7 @@ def test_bytes_of_many_counts_keep_their_shape():
     [
         ({"key_bits": 5}, r"cannot store 5 bits: use one of \[2, 3, 4, 8, 16\]"),
         ({"value_bits": 1}, "cannot store 1 bits"),
-        ({"format_name": "zip"}, r"unknown format 'zip': use one of \['kivi', 'rotated'\]"),
+        ({"format_name": "zip"}, r"unknown format 'zip': use one of \['kivi', 'rotated', 'spectral'\]"),
         ({"keys": torch.zeros(3, 8, dtype=torch.int64)}, "must be floats"),
         ({"keys": torch.zeros(3, 16)}, r"must both be \[N, D\]"),
         ({"keys": torch.zeros(3), "values": torch.zeros(3)}, r"must both be \[N, D\]"),

@@ -3,8 +3,9 @@
 from ib_kernels.formats.format import Format, Kernels
 from ib_kernels.formats.kivi import KIVI
 from ib_kernels.formats.rotated import ROTATED
+from ib_kernels.formats.spectral import SPECTRAL
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (KIVI, ROTATED)}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (KIVI, ROTATED, SPECTRAL)}
 
 
 def get_format(name: str) -> Format:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FP16_MAX = 65504.0
-ITEM_BYTES = 2  # words are int16 or 16-bit floats, metadata is fp16
+ITEM_BYTES = 2  # words are int16 or 16-bit floats, metadata is fp16 or int16
 RAW_BITS = 16
 RAW_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -35,15 +35,16 @@ class MetadataRows:
     """Shape of one tensor of a format: rows of `width` 16-bit numbers, one row for every `tokens_per_row` tokens of a run.
 
     The last row of a run may stand for fewer tokens. tokens_per_row = 0 means one row a run, whatever its length: what is
-    fitted once.
+    fitted once, which is fp16.
     """
 
     width: int
     tokens_per_row: int = 1
+    dtype: torch.dtype = torch.float16  # or int16
 
 
 class Quantizer(Protocol):
-    """Turns rows x [N, D] fp32, P consecutive runs of lengths [P], into codes and fp16 metadata, and back.
+    """Turns rows x [N, D] fp32, P consecutive runs of lengths [P], into codes and 16-bit metadata, and back.
 
     Values beyond the fp16 range saturate; NaN stays NaN for all that shares its metadata. Codes and metadata of a row that
     was dequantized are those that it was dequantized from, so that a group can be completed later.
@@ -106,12 +107,23 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Format:
-    """A named pair of quantizers, and their kernels. Without kernels the format runs in plain torch, everywhere."""
+    """A named pair of quantizers, and their kernels. Without kernels the format runs in plain torch, everywhere.
+
+    Attributes:
+        turns_keys: whether keys are stored in the coordinates of their head's basis, where there are bases.
+        channels: of which a head_dim must be a multiple.
+    """
 
     name: str
     keys: Quantizer
     values: Quantizer
     kernels: Kernels | None = None
+    turns_keys: bool = False
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.turns_keys and self.kernels is not None:
+            raise ValueError(f"the format {self.name!r} turns keys, which no kernels do yet: leave its kernels out")
 
 
 def layout(quantizer: Quantizer, bits: int, head_dim: int) -> dict[str, MetadataRows]:
