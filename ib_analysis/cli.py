@@ -62,17 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     scorers = commands.add_parser("scorers", help="what pruning loses under each scorer, on fresh prompts")
     _add_model(scorers)
     scorers.add_argument("--out", type=Path, required=True, help="folder for scorers.csv and its figure")
-    scorers.add_argument("--prompts", type=Path, help='JSON lines {"text": ...} to fit the learned scorer to; by default our own')
-    scorers.add_argument(
-        "--held-out", type=Path, help='JSON lines {"text": ...} to measure on, of other documents than --prompts'
-    )
+    _add_fresh(scorers, "to fit the learned scorer to")
     scorers.add_argument("--scorer", action="append", dest="scorers", help="compare these, with the first; by default all")
     scorers.add_argument("--policy", action="append", dest="policies", help="prune-only (the default), uniform; may be repeated")
-    scorers.add_argument("--count", type=int, default=64, help="how many of our own prompts (64)")
-    scorers.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
-    scorers.add_argument("--seed", type=int, default=0)
-    _add_tasks(scorers)
     scorers.set_defaults(run=_scorers)
+
+    formats = commands.add_parser("formats", help="what keys and values lose in each format at each precision")
+    _add_model(formats)
+    formats.add_argument("--out", type=Path, required=True, help="folder for formats.csv and its figure")
+    _add_fresh(formats, "to fit the bases of keys to")
+    formats.set_defaults(run=_formats)
 
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
     _add_calibration(plane, "folder for both figures, their tables and the profile")
@@ -110,6 +109,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scorer", help="which tokens are kept first (learned); an unknown name lists all")
     parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+
+
+def _add_fresh(parser: argparse.ArgumentParser, fits: str) -> None:
+    """Prompts of which some fit and others measure: two files, or our own."""
+    parser.add_argument("--prompts", type=Path, help=f'JSON lines {{"text": ...}} {fits}; by default our own')
+    parser.add_argument("--held-out", type=Path, help='JSON lines {"text": ...} to measure on, of other documents than --prompts')
+    parser.add_argument("--count", type=int, default=64, help="how many of our own prompts (64)")
+    parser.add_argument("--question-agnostic", action="store_true", help="compress before any question is seen")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_tasks(parser)
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -217,21 +226,30 @@ def _report(arguments: argparse.Namespace) -> None:
 def _scorers(arguments: argparse.Namespace) -> None:
     from ib_analysis.experiments.scorers import scorer_losses, scorers_text
     from ib_analysis.figures.scorers import draw_scorers
-    from ib_analysis.files import make_folder, read_prompts
-    from ib_analysis.model.load import load
     from ib_analysis.policies import POLICIES
-    from ib_analysis.replay.examples import PROMPT_LENGTH
     from ib_analysis.scorers import SCORERS, get_scorer
     from ib_analysis.search.optimize import check_name
-    from ib_analysis.tasks.mixture import MIXTURE, mixture
 
-    if (arguments.prompts is None) != (arguments.held_out is None):
-        raise IBAnalysisError("--prompts fits and --held-out measures: pass both, or none for the package's own prompts")
     scorers, policies = arguments.scorers or list(SCORERS), arguments.policies or ["prune-only"]
     for name in scorers:
         get_scorer(name)
     for name in policies:
         check_name("policy", name, POLICIES)
+    table = scorer_losses(**_fresh(arguments), scorers=scorers, policies=policies)
+    draw_scorers(table, arguments.out / "scorers")
+    print(scorers_text(table))
+    print(f"written to {arguments.out}/")
+
+
+def _fresh(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What comparisons take: the model, prompts to fit to and others to measure on. What is wrong with them is said here."""
+    from ib_analysis.files import make_folder, read_prompts
+    from ib_analysis.model.load import load
+    from ib_analysis.replay.examples import PROMPT_LENGTH
+    from ib_analysis.tasks.mixture import MIXTURE, mixture
+
+    if (arguments.prompts is None) != (arguments.held_out is None):
+        raise IBAnalysisError("--prompts fits and --held-out measures: pass both, or none for the package's own prompts")
     tasks = arguments.tasks or MIXTURE
     calibrating, fresh = (
         mixture(f"{seed} {arguments.seed}", arguments.count, PROMPT_LENGTH, tasks) if path is None else read_prompts(path)
@@ -239,18 +257,23 @@ def _scorers(arguments: argparse.Namespace) -> None:
     )
     make_folder(arguments.out)
     model, tokenizer = load(arguments.model)
-    table = scorer_losses(
-        model,
-        calibrating,
-        fresh,
-        tokenizer=tokenizer,
-        scorers=scorers,
-        policies=policies,
-        question_aware=not arguments.question_agnostic,
-        seed=arguments.seed,
-    )
-    draw_scorers(table, arguments.out / "scorers")
-    print(scorers_text(table))
+    return {
+        "model": model,
+        "calibrating": calibrating,
+        "fresh": fresh,
+        "tokenizer": tokenizer,
+        "question_aware": not arguments.question_agnostic,
+        "seed": arguments.seed,
+    }
+
+
+def _formats(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.formats import format_losses, formats_text
+    from ib_analysis.figures.formats import draw_formats
+
+    table = format_losses(**_fresh(arguments))
+    draw_formats(table, arguments.out / "formats")
+    print(formats_text(table))
     print(f"written to {arguments.out}/")
 
 

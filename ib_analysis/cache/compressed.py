@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ib_kernels import PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
+from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
 from ib_kernels.backends import pick_backend
 from torch import Tensor, nn
 from transformers import Cache
@@ -34,9 +34,9 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plans: tuple[HeadPlan, ...], recent: Recent, scorer: Scorer) -> None:
+    def __init__(self, plans: tuple[HeadPlan, ...], recent: Recent, scorer: Scorer, bases: Bases | None = None) -> None:
         super().__init__()
-        self.plans, self.recent, self.scorer = plans, recent, scorer
+        self.plans, self.recent, self.scorer, self.bases = plans, recent, scorer, bases
         self.forms = _forms(plans)
         self._clear()
 
@@ -61,6 +61,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self.dtype = key_states.dtype if key_states.dtype in (torch.float16, torch.bfloat16) else torch.float16
         self.device = key_states.device
         self.backend = pick_backend(self.device, head_dim, [form for form, _ in self.forms])
+        self.bases = None if self.bases is None else self.bases.to(self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -211,7 +212,16 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
                 fmt, key_bits, value_bits = form
                 sides = (_readable(keys), _readable(values))
                 made = quantize_pack(
-                    fmt, *sides, rows, lengths, pairs, key_bits, value_bits, raw_dtype=self.dtype, backend=self.backend
+                    fmt,
+                    *sides,
+                    rows,
+                    lengths,
+                    pairs,
+                    key_bits,
+                    value_bits,
+                    raw_dtype=self.dtype,
+                    backend=self.backend,
+                    bases=self.bases,
                 )
                 packed.append(PackedTokens(made, self.dtype, self.backend))
         self.packed = self.packed or packed
@@ -304,16 +314,18 @@ class CompressedCache(Cache):
 
     def __init__(self, spec: CacheSpec, plans: Plans) -> None:
         layers: list[CacheLayerMixin] = []
-        for layer, heads in zip(spec.shape.layers, plans, strict=True):
+        for i, (layer, heads) in enumerate(zip(spec.shape.layers, plans, strict=True)):
             if layer.sliding_window is not None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=layer.sliding_window))
             else:
-                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer))
+                bases = spec.layer_bases(i, heads or ())
+                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, bases))
         super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds; not of what a decode step works with, whose size is fixed."""
+        """Bytes of every tensor that the cache holds; not of what a decode step works with, whose size is fixed, nor of the bases
+        of keys, which belong to the model (`spec.bases.nbytes`)."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -79,9 +79,9 @@ def plan_of(plans: Plans, head: Head) -> HeadPlan | None:
     return None if row is None else row[head[1]]
 
 
-def precisions() -> list[tuple[str, tuple[int, int]]]:
-    """Every (format, (key bits, value bits)); at 16 bits there is nothing to format."""
-    packed = [(fmt, bits) for fmt in FORMATS for bits in product(BITS, BITS)]
+def precisions(formats: Iterable[str]) -> list[tuple[str, tuple[int, int]]]:
+    """Every (format, (key bits, value bits)) of these formats; at 16 bits there is nothing to format."""
+    packed = [(fmt, bits) for fmt in formats for bits in product(BITS, BITS)]
     return [*packed, (RAW.format, FULL)]
 
 

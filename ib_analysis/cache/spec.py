@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import floor, log10, nan
 from typing import Any
 
 import numpy as np
+from ib_kernels import FORMATS, Bases, in_bases
 
+from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import EVICTED, RAW, Head, HeadPlan, Plans, PlansToTry, Recent, plan_of
 from ib_analysis.cache.tiers import Count
-from ib_analysis.errors import BudgetError
+from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.model.shape import CacheShape, LayerShape
 from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
 
@@ -21,11 +23,17 @@ LONGEST = 8  # budgets are checked up to this many times the context length; bey
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The model's cache, the tokens that stay at 16 bits, and the scorer that ranks the others."""
+    """The model's cache, the tokens that stay at 16 bits, the scorer that ranks the others, and the bases of their keys."""
 
     shape: CacheShape
     recent: Recent
     scorer: Scorer
+    bases: KeyBases | None = None  # of formats that store keys in them
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the formats that make sense: without bases none that stores keys in them."""
+        return [name for name, fmt in FORMATS.items() if self.bases is not None or not fmt.turns_keys]
 
     def uniform(self, plan: HeadPlan) -> Plans:
         """The same plan for every head that can be compressed."""
@@ -46,6 +54,27 @@ class CacheSpec:
         rows: list[list[HeadPlan | None] | None] = [None] * len(self.shape.layers)
         rows[head[0]] = [plan if h == head[1] else None for h in range(self.shape.layers[head[0]].kv_heads)]
         return rows
+
+    def for_plans(self, plans: Plans) -> CacheSpec:
+        """Without the bases of layers where these plans store no keys in them."""
+        if self.bases is None:
+            return self
+        return replace(self, bases=self.bases.only([i for i, row in enumerate(plans) if _in_bases(row or ())]))
+
+    def layer_bases(self, layer: int, plans: Iterable[HeadPlan | None]) -> Bases | None:
+        """The bases of a layer's heads for these plans; None if no plan stores keys in them.
+
+        Raises CalibrationError if one does, but the layer has none.
+        """
+        if not _in_bases(plans):
+            return None
+        found = None if self.bases is None else self.bases.of_layer(layer)
+        if found is None:
+            raise CalibrationError(
+                f"plans of layer {layer} store keys in bases that the spec does not have: use them with the spec of the profile "
+                "that they are from"
+            )
+        return found
 
     def mean_tier(self, plans: Plans) -> dict[str, float]:
         """Means over heads of token_share, and over what is kept of key_bits and value_bits, which are NaN where nothing is."""
@@ -76,13 +105,16 @@ class CacheSpec:
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads. Raises UnknownNameError for a scorer that is in no registry."""
         layers = [asdict(layer) for layer in self.shape.layers]
-        return {"shape": layers, "recent": asdict(self.recent), "scorer": scorer_to_json(self.scorer)}
+        content = {"shape": layers, "recent": asdict(self.recent), "scorer": scorer_to_json(self.scorer)}
+        return content if self.bases is None else content | {"bases": self.bases.to_json()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CacheSpec:
         """Also from version 1, which called the tokens at 16 bits pinned."""
         shape = CacheShape(tuple(LayerShape(**layer) for layer in content["shape"]))
-        return cls(shape, Recent(**content["recent" if "recent" in content else "pinned"]), get_scorer(content["scorer"]))
+        recent = Recent(**content["recent" if "recent" in content else "pinned"])
+        bases = KeyBases.from_json(content["bases"], shape) if "bases" in content else None
+        return cls(shape, recent, get_scorer(content["scorer"]), bases)
 
 
 @dataclass(frozen=True)
@@ -149,6 +181,11 @@ class ByteLimit:
         """Bytes above the share at each length; negative below it."""
         lengths = np.asarray(lengths)
         return self.spec.nbytes(plans, lengths) - self.share * self.spec.shape.bytes_per_token * lengths
+
+
+def _in_bases(plans: Iterable[HeadPlan | None]) -> bool:
+    """Whether one of these plans stores keys in a basis."""
+    return any(in_bases(plan.format, "keys", tier.key_bits) for plan in plans if plan is not None for tier in plan.tiers)
 
 
 def _rounded_up(share: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ib_kernels import FORMATS, SideName
+from ib_kernels import SideName
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def local_plane(replays: Replays) -> pd.DataFrame:
             f"the local plane needs more than {needed} compressible tokens, {SAMPLES_PER_DIMENSION * needed} to be accurate, "
             f"but {len(replays)} prompts have {tokens}: pass more or longer prompts"
         )
-    sides = {TierSide(side, fmt, bits, (1.0,)): shape.heads for side, fmt, bits in product(SIDES, FORMATS, BITS)}
+    sides = {TierSide(side, fmt, bits, (1.0,)): shape.heads for side, fmt, bits in product(SIDES, replays.spec.formats, BITS)}
     gathered = gather(replays, sides, groups=1, show="quantizing")
     joint = {side: joint_covariances(replays, side) for side in SIDES}  # [U, dx + dy, dx + dy]
     rows: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def local_plane(replays: Replays) -> pd.DataFrame:
         place = {"layer": layer, "head": head, "side": side}
         curve = bottleneck_curve(joint[side][u], dim)
         rows += [place | {"kind": "bottleneck", "rate_bits": rate, "relevance_bits": kept} for rate, kept in zip(*curve)]
-        for fmt, bits in product(FORMATS, BITS):
+        for fmt, bits in product(replays.spec.formats, BITS):
             moments = gathered[TierSide(side, fmt, bits, (1.0,))].moments
             assert moments is not None
             noise = _noise(moments, u, joint[side][u].diagonal()[:dim].max())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import log2, nan
 
 import torch
-from ib_kernels import RAW_BITS, SideName, decode, encode, get_format
+from ib_kernels import RAW_BITS, Bases, SideName, decode, encode, get_format, in_bases, turn
 from torch import Tensor
 from tqdm import tqdm
 
@@ -163,7 +163,8 @@ def gather(
             x = context.rows(side, sides[side])
             if x.shape[1] == 0:
                 continue
-            codes, decoded = coded(side, x, replay.dtype)
+            bases = replay.spec.bases if in_bases(side.format, side.side, side.bits) else None
+            codes, decoded = coded(side, x, replay.dtype, None if bases is None else bases.of(sides[side]).to(x.device))
             if side not in found:
                 found[side] = Gathered(side.bits, replay.dtype, Moments(groups) if groups else None, samples)
             found[side].add(x, codes, decoded)
@@ -171,12 +172,13 @@ def gather(
 
 
 @torch.no_grad()
-def coded(side: TierSide, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes int64 and decoded values fp32 of x [U, n, D], each head one run."""
+def coded(side: TierSide, x: Tensor, dtype: torch.dtype, bases: Bases | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int64 and decoded values fp32 of x [U, n, D], each head one run; with the `bases` of the heads in these."""
     rows, lengths = x.flatten(0, 1).float(), torch.full((len(x),), x.shape[1], device=x.device)
     quantizer = getattr(get_format(side.format), side.side)
-    codes, metadata = encode(quantizer, rows, lengths, side.bits, dtype)
+    codes, metadata = encode(quantizer, rows if bases is None else turn(rows, lengths, bases.into), lengths, side.bits, dtype)
     decoded = decode(quantizer, codes, metadata, lengths, side.bits)
+    decoded = decoded if bases is None else turn(decoded, lengths, bases.back)
     if side.bits == RAW_BITS:
         codes = (codes.view(torch.int16).long() & 0xFFFF) >> _mantissa_bits(dtype)
     return codes.long().view(x.shape), decoded.view(x.shape)

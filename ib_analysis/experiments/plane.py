@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.cache.plan import Plans
+from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.codes.bottleneck import COLUMNS, local_plane
 from ib_analysis.codes.gathered import all_sides, gather
 from ib_analysis.codes.rates import CodeRates, Rate
@@ -102,9 +103,9 @@ def information_plane(
 
 def measure_points(held_out: Replays, allocations: Sequence[Allocation]) -> pd.DataFrame:
     """`Plane.points` of allocations of one profile, with the cells of all policies at their budgets."""
-    spec = allocations[0].spec
+    spec = held_out.spec
     described = [
-        *(cell for allocation in allocations for cell in _cells(allocation)),
+        *(cell for allocation in allocations for cell in _cells(allocation, spec)),
         ({"family": "null point", "setting": "all evicted", "budget_share": 0.0}, spec.null_plans),
         ({"family": "full point", "setting": "nothing compressed", "budget_share": 1.0}, spec.full_plans),
     ]
@@ -134,11 +135,11 @@ def time_sharing(points: pd.DataFrame, rate: str) -> tuple[tuple[float, float], 
     return (float(null[rate]), float(null.retained_bits)), (float(full[rate]), float(full.retained_bits))
 
 
-def _cells(allocation: Allocation) -> list[tuple[dict[str, Any], Plans]]:
+def _cells(allocation: Allocation, spec: CacheSpec) -> list[tuple[dict[str, Any], Plans]]:
     """The allocation and every policy's cells at its budget, each with what a row says of it."""
     described: dict[Plans, dict[str, Any]] = {}  # a cell that two policies have is the first one's
     for policy in POLICIES.values():
-        for cell in policy(allocation.spec, allocation.limit):
+        for cell in policy(spec, allocation.limit):
             described.setdefault(cell.plans, {"family": cell.family, "setting": cell.setting})
     rows = [(allocation.plans, {"family": "optimal", "setting": allocation.source}), *described.items()]
     return [({"budget_share": allocation.budget_share} | row, plans) for plans, row in rows]

@@ -64,7 +64,7 @@ def scorer_losses(
     for name, scorer in chosen.items():
         if scorer == Learned():
             seen = make_examples(model, tokenizer, calibrating, question_aware=question_aware, seed=seed)
-            chosen[name] = fit_scorer(spec, list(read_tokens(Replays(model, spec, seen), seed)))
+            chosen[name] = fit_scorer(spec, [rows for rows, _ in read_tokens(Replays(model, spec, seen), seed)])
     plans = [cell.plans for some in cells.values() for cell in some]
     replays = Replays(model, spec, examples)
 

@@ -12,5 +12,5 @@ from ib_analysis.policies.uniform import uniform
 
 def quantize_only(spec: CacheSpec, limit: ByteLimit) -> Iterator[Cell]:
     """The cells of the uniform grid that evict nothing."""
-    whole = {spec.uniform(HeadPlan(fmt, (Tier(1.0, *bits),))) for fmt, bits in precisions()}
+    whole = {spec.uniform(HeadPlan(fmt, (Tier(1.0, *bits),))) for fmt, bits in precisions(spec.formats)}
     return (cell for cell in uniform(spec, limit) if cell.plans in whole)

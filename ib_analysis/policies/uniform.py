@@ -15,7 +15,7 @@ from ib_analysis.policies.policy import Cell
 
 def uniform(spec: CacheSpec, limit: ByteLimit) -> Iterator[Cell]:
     """For every format, key and value precision, the cell with the most tokens."""
-    for fmt, bits in precisions():
+    for fmt, bits in precisions(spec.formats):
         yield from largest_cell(spec, limit, fmt, bits)
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from ib_kernels import SideName, partial_attention, roundtrip
+from ib_kernels import Bases, SideName, in_bases, partial_attention, roundtrip
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
@@ -281,7 +281,8 @@ class Replay:
                 key_runs.add((plan.format, tier.key_bits), (v, begin, end))
                 value_runs.add((plan.format, tier.value_bits), (v, begin, end))
             kept_counts[v] = edges[-1]
-        key_runs.write(context.keys, head, ranks, keys, "keys", self.dtype)
+        bases = self.spec.layer_bases(layer, [plan for _, plan in versions])
+        key_runs.write(context.keys, head, ranks, keys, "keys", self.dtype, bases)
         value_runs.write(context.values, head, ranks, values, "values", self.dtype)
         return keys, values, ranks < torch.tensor(kept_counts, device=keys.device)[:, None]
 
@@ -301,14 +302,24 @@ class _Runs:
         """A run (version, begin, end): the tokens that the version ranks from `begin` to before `end`."""
         self.found.setdefault(stored, []).append(run)
 
-    def write(self, context: Tensor, head: Tensor, ranks: Tensor, out: Tensor, side: SideName, dtype: torch.dtype) -> None:
+    def write(
+        self,
+        context: Tensor,
+        head: Tensor,
+        ranks: Tensor,
+        out: Tensor,
+        side: SideName,
+        dtype: torch.dtype,
+        bases: Bases | None = None,
+    ) -> None:
         """Context [H_kv, N, D], after compression, into out [V, N, D], version v from head[v] with tokens ranked ranks[v]."""
         for (fmt, bits), runs in self.found.items():
             version, begin, end = torch.tensor(runs, device=out.device).T
             ranked = ranks[version]  # [runs, N]
             run, token = ((ranked >= begin[:, None]) & (ranked < end[:, None])).nonzero(as_tuple=True)  # in order of position
+            of_runs = bases.to(out.device).of(head[version]) if bases is not None and in_bases(fmt, side, bits) else None
             version = version[run]
-            out[version, token] = roundtrip(fmt, side, context[head[version], token], end - begin, bits, dtype)
+            out[version, token] = roundtrip(fmt, side, context[head[version], token], end - begin, bits, dtype, of_runs)
 
 
 def _repeated(layer: DynamicSlidingWindowLayer, batch: int) -> DynamicSlidingWindowLayer:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from ib_kernels import FORMATS
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ib_analysis.errors import CalibrationError, ProfileMismatchError
 from ib_analysis.model.devices import input_device
@@ -19,13 +21,14 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.candidates import head_options
 from ib_analysis.search.clock import Clock
+from ib_analysis.search.fit_bases import fit_bases, summed
 from ib_analysis.search.fit_scorer import TokenRows, fit_scorer, prompts_to_read, read_tokens, unfitted
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.profile import Profile
 
 SAVE_EVERY = 8  # prompts
 LEARNED_UNTIL, PRICES_UNTIL = 0.4, 0.75  # of the time that a search may take
-SAME = ("model", "context_length", "settings", "options")  # of a profile that is used again, beside its spec
+SAME = ("model", "context_length", "settings")  # of a profile that is used again, beside its spec
 
 
 def calibrate(
@@ -39,9 +42,10 @@ def calibrate(
 ) -> Profile:
     """A profile with prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
-    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten. A clock may cut
-    it short: then prices are those of the prompts so far, at least one. A learned scorer without weights is fitted first, and in
-    the profile's spec and that of `replays` from then on.
+    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten, as is one with
+    options that are not used here, of a format without kernels on a GPU. A clock may cut it short: then prices are those of the
+    prompts so far, at least one. Bases of keys, and a learned scorer without weights, are fitted first, and in the profile's spec
+    and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
     """
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
@@ -51,19 +55,25 @@ def calibrate(
             raise ProfileMismatchError(
                 f"{path} is the profile of a model with another config or other weights: name another file"
             )
-        alike = profile.spec in (found.spec, unfitted(found.spec))
+        alike = profile.spec in (found.spec, replace(found.spec, bases=None), unfitted(found.spec))
+        alike = alike and set(found.options) <= set(profile.options)  # fewer, from a GPU or an older version, are no fault
         if alike and all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
     clock = clock or Clock()
-    if profile.spec.scorer == Learned():
+    turns_keys = any(FORMATS[plan.format].turns_keys for plan in profile.options)
+    if (turns_keys and profile.spec.bases is None) or profile.spec.scorer == Learned():
         rows: list[TokenRows] = []
+        moments: list[Tensor] = []
 
         def learn() -> None:
-            for row in read_tokens(replays, seed):
-                rows.append(row)  # noqa: PERF402 - one by one, so that those read before the time is up are there
+            for row, more in read_tokens(replays, seed):  # one by one, so that those read before the time is up are there
+                rows.append(row)
+                moments[:] = summed(moments, more)
 
         clock.attempt("learning", learn, LEARNED_UNTIL, begin_late=True)
-        profile.spec = replace(profile.spec, scorer=fit_scorer(profile.spec, rows))
+        scorer = fit_scorer(profile.spec, rows) if profile.spec.scorer == Learned() else profile.spec.scorer
+        bases = fit_bases(profile.spec, moments) if turns_keys else None
+        profile.spec = replace(profile.spec, scorer=scorer, bases=bases)
         if len(rows) < prompts_to_read(replays):  # said in the file, so that a search with more time learns again
             profile.settings = profile.settings | {"learned_prompts": len(rows)}
     replays.spec = profile.spec
@@ -91,8 +101,16 @@ def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None
                 profile.save(path)
 
 
+def _formats(replays: Replays) -> list[str]:
+    """Those that fit the model's heads and are fast where it is: on a GPU those with kernels."""
+    on_gpu = input_device(replays.model).type == "cuda"
+    dims = {layer.head_dim for layer in replays.spec.shape.layers}
+    fitting = [name for name, fmt in FORMATS.items() if all(dim % fmt.channels == 0 for dim in dims)]
+    return [name for name in fitting if FORMATS[name].kernels is not None or not on_gpu]
+
+
 def _new_profile(replays: Replays, context_length: int, settings: dict[str, Any]) -> Profile:
-    options = tuple(head_options())
+    options = tuple(head_options(_formats(replays)))
     digest = hashlib.sha256()
     for example in replays.examples:
         digest.update(str((example.prefill.tolist(), example.followup.tolist())).encode())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-
-from ib_kernels import FORMATS
 
 from ib_analysis.cache.plan import EVICTED, FULL, HeadPlan, Tier, precisions
 
@@ -13,12 +12,12 @@ FIRST_TIERS = (Tier(1 / 32, 8, 8), Tier(1 / 16, 4, 4), Tier(1 / 8, 4, 4), Tier(1
 SECOND_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
-def head_options() -> list[HeadPlan]:
+def head_options(formats: Sequence[str]) -> list[HeadPlan]:
     """Nothing; one tier of any share, key bits, value bits and format; a few pairs of tiers. The order is fixed."""
-    one = [HeadPlan(fmt, (Tier(share, *bits),)) for fmt, bits in precisions() for share in SHARES]
+    one = [HeadPlan(fmt, (Tier(share, *bits),)) for fmt, bits in precisions(formats) for share in SHARES]
     two = [
         HeadPlan(fmt, (first, Tier(share, 2, 2)))
-        for fmt, first, share in product(FORMATS, FIRST_TIERS, SECOND_SHARES)
+        for fmt, first, share in product(formats, FIRST_TIERS, SECOND_SHARES)
         if first.token_share + share <= 1
     ]
     return [EVICTED, *one, *two]

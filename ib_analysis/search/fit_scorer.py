@@ -33,12 +33,12 @@ class TokenRows(NamedTuple):
     """The compressible tokens of one example, for each of U heads in the order of `shape.heads`."""
 
     signs: Tensor  # fp16 [U, n, signs]
-    losses: Tensor  # fp32 [U, n], see `token_losses`
+    losses: Tensor  # fp32 [U, n], what evicting each would cost
 
 
 def unfitted(spec: CacheSpec) -> CacheSpec:
-    """The spec before its learned scorer, if it has one, was fitted."""
-    return replace(spec, scorer=Learned()) if isinstance(spec.scorer, Learned) else spec
+    """The spec before its bases, and its learned scorer if it has one, were fitted."""
+    return replace(spec, scorer=Learned() if isinstance(spec.scorer, Learned) else spec.scorer, bases=None)
 
 
 def prompts_to_read(replays: Replays) -> int:
@@ -46,17 +46,20 @@ def prompts_to_read(replays: Replays) -> int:
     return min(len(replays), max(PROMPTS, int(np.searchsorted(np.cumsum(replays.lengths), TOKENS)) + 1))
 
 
-def read_tokens(replays: Replays, seed: int = 0) -> Iterator[TokenRows]:
-    """The signs and losses of the tokens of as many examples as a fit needs, one example after the other."""
+def read_tokens(replays: Replays, seed: int = 0) -> Iterator[tuple[TokenRows, list[Tensor]]]:
+    """The signs and losses of the tokens of as many examples as a fit needs, one example after the other.
+
+    Beside them the moments that `fit_bases` takes (see `TokenLosses`).
+    """
     model, spec = replays.model, replays.spec
 
-    def read(number: int) -> TokenRows:
+    def read(number: int) -> tuple[TokenRows, list[Tensor]]:
         watching = _Watching()
         replay = Replay(model, replace(spec, scorer=watching), replays.examples[number])
         compressible = slice(replay.first, replay.first + replay.tokens)
         signs = torch.cat([watching.signs[layer][:, compressible] for layer in spec.shape.compressible])
         losses = token_losses(replay, torch.Generator(input_device(model)).manual_seed(seed * 1_000_003 + number))
-        return TokenRows(signs.half(), losses)
+        return TokenRows(signs.half(), losses.evicted), losses.moments
 
     with closing(replays.each(read, range(prompts_to_read(replays)), "learning which tokens matter")) as found:
         yield from found

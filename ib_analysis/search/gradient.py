@@ -116,6 +116,7 @@ def attending(
         scaling=one.scaling,
         softcap=one.extras.get("softcap"),
         dtype=replay.dtype,
+        bases=None if replay.spec.bases is None else replay.spec.bases.of(heads).to(keys.device),
     )
 
 

@@ -40,7 +40,7 @@ from ib_analysis.tasks.mixture import mixture
 PROMPTS = 64  # for calibration; half as many more decide between allocations
 FEW_PROMPTS = 32
 PROBE = 12  # prompts that tell how long one takes, where the time is limited
-CLEAR = 2.0  # standard errors by which other plans must be better than the optimizer's
+CLEAR = 1.0  # standard errors by which other plans must be better than the optimizer's
 # Shares of a limited time: that prompts may take to be sampled, and when stages end.
 SAMPLED_SHARE, CHECKED_UNTIL, MEASURED_UNTIL = 0.25, 0.8, 0.9
 
@@ -294,7 +294,7 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
     full_bytes = profile.spec.shape.bytes_per_token * profile.context_length
     return Allocation(
         model=profile.model,
-        spec=profile.spec,
+        spec=profile.spec.for_plans(chosen),
         plans=chosen,
         context_length=profile.context_length,
         budget_share=share,
@@ -312,7 +312,8 @@ def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocat
 def _decide(validation: Replays, candidates: Sequence[Plans]) -> int:
     """Index of the plans to take: the first, unless others lose less by more than chance.
 
-    Of a hundred cells some lose less on a few dozen prompts than plans that are better: two standard errors are asked for.
+    Of a hundred cells some lose less on a few dozen prompts than plans that are better, so one standard error is asked for (the
+    rule of Breiman et al. 1984 for choosing the simpler of models).
     """
     best = best_plan(validation, candidates, "deciding")
     if best == 0 or len(validation) < 2:

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from ib_kernels import SideName, roundtrip
+from ib_kernels import Bases, Quantizer, SideName, get_format, roundtrip
 from torch import Tensor
 
 from ib_analysis.cache.plan import FULL, HeadPlan
 from ib_analysis.cache.tiers import tier_counts
 
+Store = tuple[str, int]  # format, bits
+
 RUN_SHARES = (1.0, 1 / 4, 1 / 16)
 BLOCK_ELEMENTS = 2**21  # of weights and projected values: so many tokens are read at a time
 FARTHEST = 60.0  # nats by which a logit may exceed the log-sum-exp of what is never compressed, for sums in float32
+HIGHEST = 75.0  # nats up to which logits of quantized keys count: those of a few bits may be far too large
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Attending:
         full: fp32 [U, R, D], the outputs if nothing is compressed.
         directions: fp32 [U, S, R, D].
         dtype: of tokens at 16 bits.
+        bases: of these heads, for formats that store keys in them.
     """
 
     query: Tensor
@@ -63,6 +67,7 @@ class Attending:
     scaling: float
     softcap: float | None
     dtype: torch.dtype
+    bases: Bases | None = None
 
     def logits(self, keys: Tensor) -> Tensor:
         """[U, R, t] of keys [U, t, D]."""
@@ -123,17 +128,20 @@ def _read(heads: Attending, pieces: list[_Piece], level: Tensor, shift: Tensor) 
     weights = level.new_empty(u, r, len(pieces))
     projected = level.new_empty(u, r, s, len(pieces))
     runs = sorted({int(count) for share in RUN_SHARES for count in tier_counts((share,), tokens)})
-    by_run: dict[tuple[str, bool, int], list[int]] = {}
+    by_run: dict[tuple[Quantizer, bool, int], list[int]] = {}  # of formats that store values alike, what is kept of them once
     for number, piece in enumerate(pieces):
-        by_run.setdefault((piece.format, piece.full, next(run for run in runs if run >= piece.end)), []).append(number)
-    for (fmt, _, run), numbers in by_run.items():
+        run = next(run for run in runs if run >= piece.end)
+        by_run.setdefault((get_format(piece.format).values, piece.full, run), []).append(number)
+    for (_, _, run), numbers in by_run.items():
         some = [pieces[number] for number in numbers]
         edges = sorted({0, *(piece.begin for piece in some), *(piece.end for piece in some)})
-        key_bits, value_bits = (sorted({getattr(piece, side) for piece in some}) for side in ("key_bits", "value_bits"))
-        sums = _running_sums(heads, fmt, run, edges, key_bits, value_bits, level, shift)
+        key_stores = sorted({(piece.format, piece.key_bits) for piece in some})
+        value_bits = sorted({piece.value_bits for piece in some})
+        value_stores = [(some[0].format, bits) for bits in value_bits]
+        sums = _running_sums(heads, run, edges, key_stores, value_stores, level, shift)
         begin = torch.tensor([edges.index(piece.begin) for piece in some])
         end = torch.tensor([edges.index(piece.end) for piece in some])
-        k = torch.tensor([key_bits.index(piece.key_bits) for piece in some])
+        k = torch.tensor([key_stores.index((piece.format, piece.key_bits)) for piece in some])
         v = torch.tensor([value_bits.index(piece.value_bits) for piece in some])
         weights[..., numbers] = (sums.weights[:, :, k, end] - sums.weights[:, :, k, begin]).float()
         by_value = sums.projected.unflatten(3, (s, len(value_bits)))  # [U, R, K, S, V, E]
@@ -144,31 +152,30 @@ def _read(heads: Attending, pieces: list[_Piece], level: Tensor, shift: Tensor) 
 
 def _running_sums(
     heads: Attending,
-    fmt: str,
     run: int,
     edges: list[int],
-    key_bits: list[int],
-    value_bits: list[int],
+    key_stores: list[Store],
+    value_stores: list[Store],
     level: Tensor,
     shift: Tensor,
 ) -> _Sums:
-    """Along the first `run` tokens in order, stored together at these precisions."""
+    """Along the first `run` tokens in order, stored together in each of these ways."""
     u, r, s = level.shape
     taken, rank = heads.order[:, :run].sort(1)  # positions, and the rank of each
-    keys = torch.stack([_stored(heads, fmt, "keys", taken, rank, bits) for bits in key_bits], 1)  # [U, K, run, D]
-    values = torch.stack([_stored(heads, fmt, "values", taken, rank, bits) for bits in value_bits], 1)  # [U, V, run, D]
+    keys = torch.stack([_stored(heads, store, "keys", taken, rank) for store in key_stores], 1)  # [U, K, run, D]
+    values = torch.stack([_stored(heads, store, "values", taken, rank) for store in value_stores], 1)  # [U, V, run, D]
     along = heads.directions.transpose(1, 2).flatten(1, 2)  # [U, R * S, D]
-    weight_sums = [torch.zeros(u * r, len(key_bits), dtype=torch.float64, device=level.device)]
-    value_sums = [torch.zeros(u * r, len(key_bits), s * len(value_bits), dtype=torch.float64, device=level.device)]
+    weight_sums = [torch.zeros(u * r, len(key_stores), dtype=torch.float64, device=level.device)]
+    value_sums = [torch.zeros(u * r, len(key_stores), s * len(value_stores), dtype=torch.float64, device=level.device)]
     for begin, end in pairwise(edges):
         total, value_total = weight_sums[-1].clone(), value_sums[-1].clone()
-        for first, last in _blocks(heads, begin, end, len(key_bits) + s * len(value_bits)):
+        for first, last in _blocks(heads, begin, end, len(key_stores) + s * len(value_stores)):
             logits = heads.logits(keys[:, :, first:last].flatten(1, 2)) - shift[..., None]  # [U, R, K * t]
-            weights = logits.exp_().view(u * r, len(key_bits), last - first)
+            weights = logits.clamp_(max=HIGHEST).exp_().view(u * r, len(key_stores), last - first)
             projected = along @ values[:, :, first:last].flatten(1, 2).transpose(1, 2)  # [U, R * S, V * t]
-            projected = projected.view(u, r, s, len(value_bits), -1) - level[..., None, None]
+            projected = projected.view(u, r, s, len(value_stores), -1) - level[..., None, None]
             total += weights.sum(-1)
-            value_total += weights @ projected.view(u * r, s * len(value_bits), -1).transpose(1, 2)
+            value_total += weights @ projected.view(u * r, s * len(value_stores), -1).transpose(1, 2)
         weight_sums.append(total)
         value_sums.append(value_total)
     return _Sums(
@@ -177,13 +184,13 @@ def _running_sums(
     )
 
 
-def _stored(heads: Attending, fmt: str, side: SideName, taken: Tensor, rank: Tensor, bits: int) -> Tensor:
+def _stored(heads: Attending, store: Store, side: SideName, taken: Tensor, rank: Tensor) -> Tensor:
     """Keys or values after quantization, of the tokens at positions `taken` [U, run], in order of their rank: [U, run, D]."""
-    x = heads.keys if side == "keys" else heads.values
+    x, (fmt, bits) = heads.keys if side == "keys" else heads.values, store
     wide = taken[..., None].expand(-1, -1, x.shape[-1])
     rows = x.gather(1, wide)
     lengths = torch.full((len(x),), rows.shape[1], device=x.device)
-    stored = roundtrip(fmt, side, rows.flatten(0, 1), lengths, bits, heads.dtype).view(rows.shape)
+    stored = roundtrip(fmt, side, rows.flatten(0, 1), lengths, bits, heads.dtype, heads.bases).view(rows.shape)
     return torch.empty_like(stored).scatter_(1, rank[..., None].expand_as(stored), stored)
 
 

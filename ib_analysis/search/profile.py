@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import HeadPlan, Plans
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
 from ib_analysis.errors import ProfileMismatchError
@@ -21,6 +22,7 @@ from ib_analysis.search.price_law import PriceLaw, Table, price_law
 
 VERSION = 3
 TABLES = ("prompt_prices", "loss_bits", "error_bits", "measured_prompts")
+BASES = "bases."  # and the number of a layer: names of tensors that are no tables
 TINY_BITS = 1e-12
 PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
 TOLERANCE = 2.0  # factor between measured losses and prices up to which prices are taken for losses
@@ -155,10 +157,11 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with a JSON header. Raises UnknownNameError for a scorer that is in no registry."""
+        layers = () if self.spec.bases is None else self.spec.bases.layers
         header = {
             "version": VERSION,
             "model": self.model,
-            **self.spec.to_json(),
+            **replace(self.spec, bases=None).to_json(),
             "context_length": self.context_length,
             "prompts": self.prompts,
             "settings": self.settings,
@@ -166,6 +169,7 @@ class Profile:
             "options": [asdict(option) for option in self.options],
         }
         tensors = {name: torch.from_numpy(getattr(self, name).copy()) for name in TABLES}
+        tensors |= {f"{BASES}{i}": layer for i, layer in enumerate(layers) if layer is not None}
         save_tensors(Path(path), tensors, header)
 
     @classmethod
@@ -174,12 +178,16 @@ class Profile:
         tensors, header = load_tensors(Path(path))
         if header.get("version") not in (1, 2, VERSION):
             raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: calibrate again")
+        spec = CacheSpec.from_json(header)
+        layers = tuple(tensors.pop(f"{BASES}{i}", None) for i in range(len(spec.shape.layers)))
+        if any(layer is not None for layer in layers):
+            spec = replace(spec, bases=KeyBases(layers))
         tables = {name: tensor.numpy() for name, tensor in tensors.items()}
         if header["version"] < VERSION:
             tables = _older_tables(tables, header["priced" if header["version"] == 1 else "gradient_prompts"], header["prompts"])
         return cls(
             model=header["model"],
-            spec=CacheSpec.from_json(header),
+            spec=spec,
             context_length=header["context_length"],
             prompts=header["prompts"],
             settings=header["settings"],

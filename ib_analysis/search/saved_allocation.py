@@ -17,7 +17,7 @@ from ib_analysis.replay.measurement import Measurement
 VERSION = 2
 NUMBERS = ("loss_sum_bits", "in_sample_loss_bits", "solver_gap", "dual_bound")  # that may be NaN, null in JSON
 RENAMED = {"price_sum_bits": "loss_sum_bits", "predicted_loss_bits": "in_sample_loss_bits"}  # since version 1
-SPEC = ("shape", "recent", "pinned", "scorer")  # fields of version 1 and 2 that make a CacheSpec
+SPEC = ("shape", "recent", "pinned", "scorer", "bases")  # fields of all versions that make a CacheSpec
 
 Made = TypeVar("Made")
 

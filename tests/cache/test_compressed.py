@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ib_analysis.cache.attention import cache_argument, causal_mask, full_attention, use_attention
 from ib_analysis.cache.compressed import CompressedCache, CompressedLayer
+from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import RAW, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
@@ -47,7 +48,11 @@ def small_model(name):
 
 
 def spec_of(model, recent=RECENT):
-    return CacheSpec(cache_shape(model.config), recent, SCORERS["value_aware"])
+    shape = cache_shape(model.config)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(layer.kv_heads, layer.head_dim, layer.head_dim) for layer in shape.layers]
+    bases = tuple(torch.randn(size, generator=generator).half() for size in sizes)
+    return CacheSpec(shape, recent, SCORERS["value_aware"], KeyBases(bases))
 
 
 def padded_batch(batch):
@@ -73,8 +78,9 @@ def generate(model, ids, mask, cache):
 
 
 def compressing_plans(spec):
-    heads = (HeadPlan("kivi", (Tier(0.3, 4, 2), Tier(0.35, 2, 3))), HeadPlan("rotated", (Tier(0.4, 3, 8),)))
-    return tuple(None if layer.sliding_window else heads for layer in spec.shape.layers)
+    first = HeadPlan("kivi", (Tier(0.3, 4, 2), Tier(0.35, 2, 3)))
+    others = HeadPlan("rotated", (Tier(0.4, 3, 8),)), HeadPlan("spectral", (Tier(0.1, 8, 8), Tier(0.3, 2, 4)))
+    return tuple(None if layer.sliding_window else (first, others[i % 2]) for i, layer in enumerate(spec.shape.layers))
 
 
 @pytest.mark.parametrize("batch", [1, 3])

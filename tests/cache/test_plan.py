@@ -27,7 +27,7 @@ from ib_analysis.search.candidates import head_options
 
 untimed = settings(deadline=None)
 
-OPTIONS = head_options()
+OPTIONS = head_options(tuple(FORMATS))
 RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16))
 
 
@@ -95,7 +95,7 @@ def test_one_plan_of_each_head():
 
 
 def test_precisions_are_all_pairs_of_bits_in_every_format_and_16_bits_once():
-    found = precisions()
+    found = precisions(FORMATS)
     assert len(set(found)) == len(found) == len(FORMATS) * len(BITS) ** 2 + 1
     assert [cell for cell in found if FULL[0] in cell[1]] == [(RAW.format, FULL)]
 

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ib_kernels import tokens_nbytes
+from ib_kernels import FORMATS, tokens_nbytes
 
+from ib_analysis.cache.compressed import CompressedCache
+from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import EVICTED, RAW, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import LONGEST, ByteLimit, CacheSpec
-from ib_analysis.errors import BudgetError
+from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.model.shape import CacheShape, LayerShape
 from ib_analysis.scorers import SCORERS, SnapKV
 from ib_analysis.search.candidates import head_options
@@ -22,7 +25,7 @@ untimed = settings(deadline=None)
 
 VALUE_AWARE = SCORERS["value_aware"]
 SHAPE = CacheShape((LayerShape(2, 32), LayerShape(1, 32, sliding_window=8)))
-OPTIONS = head_options()
+OPTIONS = head_options(tuple(FORMATS))
 RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16))
 SPECS = st.builds(CacheSpec, st.just(SHAPE), RECENTS, st.just(VALUE_AWARE))
 PLANS = st.tuples(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(OPTIONS)), st.none())
@@ -33,6 +36,27 @@ def bytes_over(limit, plans, lengths):
     """Bytes above the share at each length, one length at a time."""
     full = limit.share * SHAPE.bytes_per_token
     return np.array([limit.spec.nbytes(plans, int(length)) - full * length for length in lengths])
+
+
+def test_bases_that_no_plan_needs_are_left_out():
+    shape = CacheShape((LayerShape(1, 4), LayerShape(1, 4), LayerShape(1, 4)))
+    bases = KeyBases((torch.eye(4).half()[None],) * 3)
+    spec = CacheSpec(shape, Recent(1, 2, 1), VALUE_AWARE, bases)
+    raw, coded = HeadPlan("spectral", (Tier(1.0, 16, 4),)), HeadPlan("spectral", (Tier(0.5, 16, 16), Tier(0.5, 2, 4)))
+    assert spec.for_plans(((raw,), (coded,), None)) == replace(spec, bases=bases.only([1]))
+    assert spec.for_plans(((raw,), (EVICTED,), None)).bases is None
+
+
+def test_plans_without_their_bases_are_refused():
+    shape = CacheShape((LayerShape(1, 4), LayerShape(1, 4)))
+    spec = CacheSpec(shape, Recent(1, 2, 1), VALUE_AWARE, KeyBases((None, torch.eye(4).half()[None])))
+    coded = HeadPlan("spectral", (Tier(0.5, 2, 4),))
+    assert spec.layer_bases(1, [None, coded]) is not None and spec.layer_bases(0, [None, RAW, EVICTED]) is None
+    for broken in (spec, replace(spec, bases=None)):
+        with pytest.raises(CalibrationError, match="layer 0"):
+            broken.layer_bases(0, [coded])
+        with pytest.raises(CalibrationError, match="layer 0"):
+            CompressedCache(broken, ((coded,), None))
 
 
 def test_bytes_add_up():

@@ -42,7 +42,7 @@ def test_no_dithered_point_crosses_the_bottleneck(bench, local):
         covariances = joint_covariances(bench.validation, side)
         for covariance, (layer, head) in zip(covariances, bench.profile.spec.shape.heads):
             some = local[(local["layer"] == layer) & (local["head"] == head) & (local.side == side) & (local.kind == "dithered")]
-            assert len(some) == 2 * len(BITS)
+            assert len(some) == len(bench.profile.spec.formats) * len(BITS)
             for _, point in some.iterrows():
                 assert 0 < point.relevance_bits < point.rate_bits
                 assert not crosses(covariance, 64, point.rate_bits, point.relevance_bits)
@@ -65,7 +65,7 @@ def test_more_bits_say_more(local):
 def test_a_floor_below_every_dithered_point(bench, local):
     keys = ["layer", "head", "side", "format", "bits"]
     pairs = local[local.kind == "floor"].merge(local[local.kind == "dithered"], on=keys, suffixes=("", "_dithered"))
-    assert len(pairs) == len(bench.profile.spec.shape.heads) * 2 * 2 * len(BITS)
+    assert len(pairs) == len(bench.profile.spec.shape.heads) * 2 * len(bench.profile.spec.formats) * len(BITS)
     assert (pairs.rate_bits > 0).all() and (pairs.relevance_bits > 0).all()
     assert (pairs.rate_bits <= pairs.rate_bits_dithered).all()
     for side in ("keys", "values"):

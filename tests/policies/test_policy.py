@@ -79,7 +79,7 @@ def test_a_policy_that_is_not_uniform_gets_its_own_label(monkeypatch):
     first, *_, last = (row for row in cell.plans if row)
     assert first[0].kept_share > 2 * last[0].kept_share > 0
     allocation = Allocation("model", SPEC, SPEC.null_plans, LENGTH, limit.share, "optimal", 0.0, 0.0, 0.0, 0.0, None)
-    rows = [(row["family"], row["setting"], plans) for row, plans in _cells(allocation)]
+    rows = [(row["family"], row["setting"], plans) for row, plans in _cells(allocation, allocation.spec)]
     assert rows[0] == ("optimal", "optimal", SPEC.null_plans)
     assert rows[-1] == (
         "pyramid",

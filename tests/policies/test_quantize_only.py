@@ -17,14 +17,14 @@ LENGTH = 128
 def test_all_tokens_are_kept():
     every = list(POLICIES["quantize-only"](SPEC, ByteLimit(SPEC, 1 / 2, LENGTH)))
     assert all(plan.kept_share == 1 for cell in every for row in cell.plans if row for plan in row)
-    assert 0 < len(every) < len(precisions())
+    assert 0 < len(every) < len(precisions(SPEC.formats))
     assert {cell.family for cell in every} == {"quantize-only"}
 
 
 @pytest.mark.parametrize("share", [1.0, 1 / 2, 1 / 4, 1 / 5])
 def test_every_precision_whose_tokens_all_fit_is_there(share):
     limit = ByteLimit(SPEC, share, LENGTH)
-    whole = [SPEC.uniform(HeadPlan(fmt, (Tier(1.0, *bits),))) for fmt, bits in precisions()]
+    whole = [SPEC.uniform(HeadPlan(fmt, (Tier(1.0, *bits),))) for fmt, bits in precisions(SPEC.formats)]
     found = list(POLICIES["quantize-only"](SPEC, limit))
     assert [cell.plans for cell in found] == [plans for plans in whole if limit.excess(plans) == 0]
     assert found == [cell for cell in uniform(SPEC, limit) if cell.plans in whole]

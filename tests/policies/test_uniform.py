@@ -55,7 +55,7 @@ def test_nothing_is_proposed_where_nothing_can_be_compressed():
 def test_every_precision_is_tried_once():
     cells = list(uniform(SPEC, ByteLimit(SPEC, 1.0, LENGTH)))
     found = [(plan.format, (plan.tiers[0].key_bits, plan.tiers[0].value_bits)) for plan in map(first_plan, cells)]
-    assert found == precisions()
+    assert found == precisions(SPEC.formats)
 
 
 @pytest.mark.parametrize("share", [1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16])

@@ -4,6 +4,8 @@ import copy
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ib_analysis.search.calibration as ib_calibration
 from ib_analysis.cache.plan import Recent
@@ -105,3 +107,25 @@ def test_a_model_trained_further_is_calibrated_again(bench, embedded, tmp_path):
     other = copy.deepcopy(model)
     other.model.norm.weight.data += 0.01
     assert weights_digest(other) != saved == weights_digest(model)
+
+
+@pytest.mark.parametrize(("head_dim", "formats"), [(6, {"kivi", "rotated"}), (8, {"kivi", "rotated", "spectral"})])
+def test_bases_are_fitted_where_a_format_that_fits_the_heads_has_them(head_dim, formats, small_prompts):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=24,
+            head_dim=head_dim,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_hidden_layers=1,
+            intermediate_size=32,
+            max_position_embeddings=512,
+        )
+    ).eval()
+    spec = CacheSpec(cache_shape(model.config), RECENT, SCORERS["value_aware"])
+    replays = Replays(model, spec, make_examples(model, None, small_prompts[:1]))
+    profile = calibrate(replays, LENGTH, settings={})
+    assert {option.format for option in profile.options} == formats == set(profile.spec.formats)
+    assert (profile.spec.bases is None) == ("spectral" not in formats)

@@ -1,21 +1,23 @@
 """The options of a head and their order."""
 
+from ib_kernels import FORMATS
+
 from ib_analysis.cache.plan import HeadPlan, Tier, precisions
 from ib_analysis.search.candidates import dominates, head_options
 
-OPTIONS = head_options()
+OPTIONS = head_options(tuple(FORMATS))
 
 
 def test_options_cover_what_they_should():
     assert len(set(OPTIONS)) == len(OPTIONS)
     assert OPTIONS[0].kept_share == 0
     assert any(plan.tiers == (Tier(1.0, 16, 16),) for plan in OPTIONS)
-    assert {plan.format for plan in OPTIONS} == {"kivi", "rotated"}
+    assert {plan.format for plan in OPTIONS} == {"kivi", "rotated", "spectral"}
     assert any(plan.tiers and plan.tiers[0].key_bits > plan.tiers[0].value_bits for plan in OPTIONS)
     assert any(plan.tiers and plan.tiers[0].key_bits < plan.tiers[0].value_bits for plan in OPTIONS)
     assert any(len(plan.tiers) == 2 for plan in OPTIONS)
     assert all(0 <= plan.kept_share <= 1 for plan in OPTIONS)
-    assert len(precisions()) == 2 * 16 + 1
+    assert len(precisions(FORMATS)) == 3 * 16 + 1
 
 
 def test_dominance_is_an_order():

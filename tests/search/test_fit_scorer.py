@@ -45,7 +45,7 @@ def test_it_keeps_more_of_what_would_be_lost_on_other_prompts_than_value_aware(e
     model, tokenizer = embedded
     examples = make_examples(model, tokenizer, mixture("fit", 24, 256))
     spec = CacheSpec(cache_shape(model.config), RECENT, SCORERS["learned"])
-    found, again = (fit_scorer(spec, list(read_tokens(Replays(model, spec, examples[:16])))) for _ in range(2))
+    found, again = (fit_scorer(spec, [rows for rows, _ in read_tokens(Replays(model, spec, examples[:16]))]) for _ in range(2))
     assert [len(layer) for layer in found.weights] == [layer.kv_heads for layer in spec.shape.layers]
     assert found == again
     kept = {}
@@ -53,7 +53,7 @@ def test_it_keeps_more_of_what_would_be_lost_on_other_prompts_than_value_aware(e
         shares = []
         for example in examples[16:]:
             replay = Replay(model, CacheSpec(spec.shape, RECENT, scorer), example)
-            losses = token_losses(replay, torch.Generator().manual_seed(0))  # [U, n]
+            losses = token_losses(replay, torch.Generator().manual_seed(0)).evicted  # [U, n]
             compressible = slice(replay.first, replay.first + replay.tokens)
             scores = torch.cat([replay.context(layer).scores[:, compressible] for layer in spec.shape.compressible])
             best = scores.topk(replay.tokens // 8).indices
@@ -75,8 +75,9 @@ def test_a_calibration_fits_once_and_is_used_again(small_llama, small_prompts, t
 
     first = calibrated(Learned())
     assert first.weights and Profile.load(path).spec.scorer == first
-    monkeypatch.setattr(ib_calibration, "read_tokens", None)  # it is not asked again
-    assert calibrated(Learned()) == calibrated(first) == first
+    with monkeypatch.context() as patch:
+        patch.setattr(ib_calibration, "read_tokens", None)  # it is not asked again
+        assert calibrated(Learned()) == calibrated(first) == first
     other = Learned(tuple(tuple((1.0,) * len(SIGNS) for _ in layer) for layer in first.weights))
     assert calibrated(other) == other  # weights of one's own are never those of a file
 

@@ -131,7 +131,7 @@ def test_the_choice_stays_within_the_share_at_all_lengths():
 
 def test_nothing_but_sinks_and_window_ends_the_search():
     """All options of all heads: those that keep no token yet at this length would keep one at the next."""
-    shape, options = CacheShape((LayerShape(8, 8),) * 2), tuple(head_options())
+    shape, options = CacheShape((LayerShape(8, 8),) * 2), tuple(head_options(("kivi", "rotated")))
     prices = np.array([[[2 - option.kept_share for option in options]] * 16], dtype=np.float32)
     spec = CacheSpec(shape, Recent(1, 1, 1), SCORERS["value_aware"])
     profile = unmeasured(prices, spec, 59, options)
@@ -170,7 +170,7 @@ def test_a_scorer_is_saved_with_its_parameters_or_refused(tmp_path):
 def test_version_1(profile_v1, profile_v1_path):
     """Made by the version before, of `small_llama`; expected is what that version read from it."""
     assert profile_v1.spec == CacheSpec(CacheShape((LayerShape(2, 8),) * 2), Recent(1, 5, 1), SCORERS["value_aware"])
-    assert profile_v1.options == tuple(head_options())
+    assert profile_v1.options == tuple(head_options(("kivi", "rotated")))
     assert (profile_v1.context_length, profile_v1.prompts) == (111, 4)
     assert profile_v1.prompt_prices.shape == (4, 4, len(profile_v1.options))
     measured = profile_v1.measured_prompts == 4
@@ -212,7 +212,9 @@ def test_version_1_is_used_again(small_llama, small_prompts, tmp_path, monkeypat
     path = tmp_path / "profile.safetensors"
     spec = CacheSpec(cache_shape(small_llama.config), Recent(1, 5, 1), SCORERS["value_aware"])
     replays = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts[:2]))
-    first = calibrate(replays, 111, settings={"question_aware": True}, path=path)
+    with monkeypatch.context() as patch:  # the formats of then
+        patch.setattr("ib_analysis.search.calibration._formats", lambda replays: ["kivi", "rotated"])
+        first = calibrate(replays, 111, settings={"question_aware": True}, path=path)
     first.record(1, 40, np.array([0.25, 0.5]))
     first.save(path)
     as_version_1(path)

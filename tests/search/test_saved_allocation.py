@@ -4,12 +4,15 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 
 from ib_analysis import Allocation
+from ib_analysis.cache.attention import borrowed, cache_argument
+from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.cache.plan import HeadPlan, Recent, Tier
 from ib_analysis.errors import CorruptFileError, ProfileMismatchError, UnknownNameError
 from ib_analysis.files import sealed_json
@@ -17,6 +20,7 @@ from ib_analysis.replay.measurement import Measurement
 from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.snapkv import SnapKV
 from ib_analysis.search.optimize import allocate, full_allocation
+from ib_analysis.tasks import TASKS
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +60,28 @@ def test_json_round_trip(allocation, tmp_path):
     (tmp_path / "marked.json").write_text(marked, encoding="utf-8")
     assert Allocation.from_json(marked) == allocation == Allocation.from_json(tmp_path / "marked.json")
     assert json.loads(path.read_text())["schema"] == 2
+
+
+def test_bases_travel_with_the_plans_that_need_them(bench, embedded):
+    model, tokenizer = embedded
+    spec = bench.profile.spec
+    rows = [[HeadPlan("kivi", (Tier(1 / 8, 4, 4),))] * 2 for _ in spec.shape.layers]
+    rows[1][0] = HeadPlan("spectral", (Tier(1 / 4, 2, 4),))
+    plans = tuple(map(tuple, rows))
+    made = replace(allocate(bench, 1 / 8), plans=plans, spec=spec.for_plans(plans))
+    assert made.spec.bases is not None
+    assert [layer is None for layer in made.spec.bases.layers] == [i != 1 for i in range(len(rows))]
+    assert f"bases of keys take {2 * 2 * 64 * 64 * 4:,} bytes beside the model's weights" in str(made)
+    again = Allocation.from_json(made.to_json())
+    assert again == made
+    ids = tokenizer(TASKS["text"](Random("bases"), 200).context, return_tensors="pt").input_ids
+    logits = []
+    with torch.no_grad(), borrowed(model):
+        for allocation in (made, again, replace(made, spec=spec)):
+            cache = CompressedCache(allocation.spec, allocation.plans)
+            model(ids[:, :-8], **cache_argument(model, cache))
+            logits.append(model(ids[:, -8:], **cache_argument(model, cache)).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 def test_truncated_and_edited_json(allocation, tmp_path):

@@ -1,0 +1,55 @@
+"""Fits the bases of keys: channels sorted by what they matter to the queries.
+
+An error e of a key changes a query's logit by q . e. With S the second moment of the queries and A that of the keys, each
+weighted by what errors cost there, and S = L L^T, errors of L^T k cost their squares, and the eigenvectors of L^T A L make its
+channels uncorrelated. To give these channels bits by their variance is the information bottleneck of Gaussian keys and logits
+(Chechik et al. 2005, "Information bottleneck for Gaussian variables"). Channels of a quarter, which get the same bits, are mixed
+by a Hadamard matrix, so that they are alike and nearly Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from ib_kernels.formats.rotated.reference import hadamard, hadamard_order
+from torch import Tensor
+
+from ib_analysis.cache.key_bases import KeyBases
+from ib_analysis.cache.spec import CacheSpec
+
+RIDGE = 0.2  # of the mean variance of a channel, added to the queries' moment: prompts to come have other queries
+TINY = 1e-30
+
+
+def fit_bases(spec: CacheSpec, moments: Sequence[Tensor]) -> KeyBases:
+    """The bases of all heads from their moments [2, D, D], summed over examples (see `TokenLosses`)."""
+    of_heads = iter(moments)
+    layers = [
+        torch.stack([next(of_heads) for _ in range(layer.kv_heads)], 1) if layer.sliding_window is None else None
+        for layer in spec.shape.layers
+    ]  # [2, H, D, D] of each
+    return KeyBases(tuple(None if both is None else _basis(both[0], both[1]) for both in layers))
+
+
+def summed(total: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """Moments of more examples, head by head; `total` is empty before the first."""
+    return [a + b for a, b in zip(total, more)] if total else list(more)
+
+
+def _basis(queries: Tensor, keys: Tensor) -> Tensor:
+    """fp16 [H, D, D] from second moments [H, D, D]."""
+    head_dim = queries.shape[1]
+    variance = queries.diagonal(dim1=1, dim2=2).mean(1).clamp(min=TINY)[:, None, None]
+    metric = queries / variance + RIDGE * torch.eye(head_dim, dtype=torch.float64)
+    root = torch.linalg.cholesky(metric)
+    _, vectors = torch.linalg.eigh(root.mT @ keys @ root)  # the least variance first
+    into = root @ vectors.flip(-1) @ _mixing(head_dim)
+    return (into / into.square().mean((1, 2), keepdim=True).sqrt() / head_dim**0.5).half()
+
+
+def _mixing(head_dim: int) -> Tensor:
+    """float64 [D, D]: orthonormal, within each quarter of the channels."""
+    quarter = head_dim // 4
+    matrix = hadamard(torch.eye(quarter)).double() / hadamard_order(quarter) ** 0.5
+    return torch.block_diag(*[matrix] * 4)
