@@ -45,7 +45,8 @@ def _basis(queries: Tensor, keys: Tensor) -> Tensor:
     root = torch.linalg.cholesky(metric)
     _, vectors = torch.linalg.eigh(root.mT @ keys @ root)  # the least variance first
     into = root @ vectors.flip(-1) @ _mixing(head_dim)
-    return (into / into.square().mean((1, 2), keepdim=True).sqrt() / head_dim**0.5).half()
+    # Contiguous, as when it is read from a file: the inverse depends on the order of the numbers in memory, in its last bits.
+    return (into / into.square().mean((1, 2), keepdim=True).sqrt() / head_dim**0.5).half().contiguous()
 
 
 def _mixing(head_dim: int) -> Tensor:

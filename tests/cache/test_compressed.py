@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_left_padding_changes_nothing(scorer):
     """Neither of what the prefill keeps nor of what leaves the window, one token at a time."""
     model = small_model("llama")
     use_attention(model)
-    spec = CacheSpec(cache_shape(model.config), Recent(2, 4, 1), scorer)
+    spec = replace(spec_of(model, Recent(2, 4, 1)), scorer=scorer)
     caches = [CompressedCache(spec, compressing_plans(spec)) for _ in range(2)]
     ids, _ = padded_batch(1)
     padded = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), ids], dim=1)
