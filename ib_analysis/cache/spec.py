@@ -32,8 +32,9 @@ class CacheSpec:
 
     @property
     def formats(self) -> list[str]:
-        """Names of the formats that make sense: without bases none that stores keys in them."""
-        return [name for name, fmt in FORMATS.items() if self.bases is not None or not fmt.turns_keys]
+        """Names of the formats that every head can have: without bases of all of them, none that stores keys in them."""
+        based = self.bases is not None and all(self.bases.of_layer(layer) is not None for layer in self.shape.compressible)
+        return [name for name, fmt in FORMATS.items() if based or not fmt.turns_keys]
 
     def uniform(self, plan: HeadPlan) -> Plans:
         """The same plan for every head that can be compressed."""

@@ -266,8 +266,16 @@ def prepare(
 
 
 def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
-    """The best allocation for each share. Options are measured together for all of them, which is faster than one by one."""
-    bench.measure([bench.profile.limit(share) for share in shares])
+    """The best allocation for each share. Options are measured together for all of them, which is faster than one by one.
+
+    All are measured before any share is allocated, so that the same profile, read from its file, gives the same allocations.
+    """
+    limits, measured = [bench.profile.limit(share) for share in shares], -1
+    bench.measure(limits)
+    while measured < (known := int(bench.profile.measured_prompts.sum())):
+        measured = known
+        for limit in limits:
+            bench.solve(limit, USABLE)
     return [allocate(bench, share) for share in shares]
 
 
