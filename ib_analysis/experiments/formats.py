@@ -20,6 +20,7 @@ from ib_analysis.replay.examples import Prompts, check_lengths, make_examples, m
 from ib_analysis.replay.measurement import bootstrap_interval
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
+from ib_analysis.search.calibration import usable_formats
 from ib_analysis.search.fit_bases import fit_bases, summed
 from ib_analysis.search.fit_scorer import read_tokens
 
@@ -39,8 +40,8 @@ def format_losses(
     """One row for each side, format and precision, measured on the fresh prompts. The model is left as it was.
 
     Columns: side, "keys" or "values", the other one at 16 bits; format, bits; stored_bits of a number, metadata included, at the
-    median length of the contexts; entropy_bits: that with codes at the entropy of their channel, which is what an entropy coder
-    would save; kl_bits = E KL(full || compressed) in bits per predicted token, with its 95% interval low_bits, high_bits.
+    median length of the contexts; entropy_bits: that with the fields that codes are stored in at their entropy, which an entropy
+    coder comes to; kl_bits = E KL(full || compressed) in bits per predicted token, with its 95% interval low_bits, high_bits.
 
     Args:
         calibrating: prompts that the bases of keys are fitted to, used for nothing else.
@@ -52,10 +53,12 @@ def format_losses(
     examples = make_examples(model, tokenizer, fresh, question_aware=question_aware, seed=seed + 1)
     check_lengths(examples, RECENT)
     seen = make_examples(model, tokenizer, calibrating, question_aware=question_aware, seed=seed)
-    moments: list[Tensor] = []
-    for _, more in read_tokens(Replays(model, spec, seen), seed):
-        moments = summed(moments, more)
-    spec = replace(spec, bases=fit_bases(spec, moments))
+    replays = Replays(model, spec, seen)
+    if any(get_format(name).turns_keys for name in usable_formats(replays)):
+        moments: list[Tensor] = []
+        for _, more in read_tokens(replays, seed):
+            moments = summed(moments, more)
+        spec = replace(spec, bases=fit_bases(spec, moments))
     sides = [TierSide(side, fmt, bits, (1.0,)) for side, fmt, bits in product(SIDES, spec.formats, BITS)]
     replays = Replays(model, spec, examples)
     kl_bits, _ = replays.measure([_plans(spec, side) for side in sides], "held-out prompts")  # [prompts, sides]

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ib_analysis.figures.style import PAGE_INCHES, RC, looks, new_figure, save_figure
+from ib_analysis.figures.style import PAGE_INCHES, RC, draw_losses, looks, new_figure, save_figure
 
 
 def draw_formats(table: pd.DataFrame, path: str | Path | None = None) -> Figure:
@@ -20,12 +20,7 @@ def draw_formats(table: pd.DataFrame, path: str | Path | None = None) -> Figure:
     figure = new_figure(len(sides), PAGE_INCHES, 2.6)
     with rc_context(RC):
         for axes, side in zip(figure.axes, sides):
-            of_side = table[table.side == side]
-            for fmt, look in looks(table.format).items():
-                some = of_side[of_side.format == fmt].sort_values("stored_bits")
-                spread = [some.kl_bits - some.low_bits, some.high_bits - some.kl_bits]
-                axes.errorbar(some.stored_bits, some.kl_bits, spread, **look._asdict(), capsize=2, label=fmt)
-            axes.set_yscale("log")
+            draw_losses(axes, table[table.side == side], "stored_bits", looks(table.format), "format")
             axes.set_xlabel("stored bits per number")
             axes.set_title(f"{side} stored, all else at 16 bits")
         figure.axes[0].set_ylabel("loss (bits per predicted token)")

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ib_analysis.figures.style import COLUMN_INCHES, RC, looks, new_figure, save_figure
+from ib_analysis.figures.style import COLUMN_INCHES, RC, draw_losses, looks, new_figure, save_figure
 
 
 def draw_scorers(table: pd.DataFrame, path: str | Path | None = None) -> Figure:
@@ -20,13 +20,8 @@ def draw_scorers(table: pd.DataFrame, path: str | Path | None = None) -> Figure:
     figure = new_figure(len(policies), COLUMN_INCHES * len(policies), 3.0)
     with rc_context(RC):
         for axes, policy in zip(figure.axes, policies):
-            of_policy = table[table.policy == policy]
-            for scorer, look in looks(table.scorer).items():
-                some = of_policy[of_policy.scorer == scorer].sort_values("bits_per_token")
-                spread = [some.kl_bits - some.low_bits, some.high_bits - some.kl_bits]
-                axes.errorbar(some.bits_per_token, some.kl_bits, spread, **look._asdict(), capsize=2, label=scorer)
+            draw_losses(axes, table[table.policy == policy], "bits_per_token", looks(table.scorer), "scorer")
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
             axes.set_xlabel("stored bits per context token")
             axes.set_title(policy)
         figure.axes[0].set_ylabel("loss (bits per predicted token)")

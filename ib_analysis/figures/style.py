@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -61,6 +62,15 @@ def new_figure(columns: int, width_inches: float, height_inches: float) -> Figur
         FigureCanvasAgg(figure)  # one for all: without it every tick label gets, and keeps, a canvas of its own
         figure.subplots(1, columns)
     return figure
+
+
+def draw_losses(axes: Axes, table: pd.DataFrame, rate: str, series_looks: Mapping[str, Look], series: str) -> None:
+    """A line of kl_bits against the column `rate` for each value of the column `series`, with intervals low_bits to high_bits."""
+    for name, look in series_looks.items():
+        some = table[table[series] == name].sort_values(rate)
+        spread = [some.kl_bits - some.low_bits, some.high_bits - some.kl_bits]
+        axes.errorbar(some[rate], some.kl_bits, spread, **look._asdict(), capsize=2, label=name)
+    axes.set_yscale("log")
 
 
 def save_figure(figure: Figure, table: pd.DataFrame, path: str | Path | None) -> Figure:

@@ -101,7 +101,7 @@ def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None
                 profile.save(path)
 
 
-def _formats(replays: Replays) -> list[str]:
+def usable_formats(replays: Replays) -> list[str]:
     """Those that fit the model's heads and are fast where it is: on a GPU those with kernels."""
     on_gpu = input_device(replays.model).type == "cuda"
     dims = {layer.head_dim for layer in replays.spec.shape.layers}
@@ -110,7 +110,7 @@ def _formats(replays: Replays) -> list[str]:
 
 
 def _new_profile(replays: Replays, context_length: int, settings: dict[str, Any]) -> Profile:
-    options = tuple(head_options(_formats(replays)))
+    options = tuple(head_options(usable_formats(replays)))
     digest = hashlib.sha256()
     for example in replays.examples:
         digest.update(str((example.prefill.tolist(), example.followup.tolist())).encode())

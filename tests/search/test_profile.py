@@ -213,7 +213,7 @@ def test_version_1_is_used_again(small_llama, small_prompts, tmp_path, monkeypat
     spec = CacheSpec(cache_shape(small_llama.config), Recent(1, 5, 1), SCORERS["value_aware"])
     replays = Replays(small_llama, spec, make_examples(small_llama, None, small_prompts[:2]))
     with monkeypatch.context() as patch:  # the formats of then
-        patch.setattr("ib_analysis.search.calibration._formats", lambda replays: ["kivi", "rotated"])
+        patch.setattr("ib_analysis.search.calibration.usable_formats", lambda replays: ["kivi", "rotated"])
         first = calibrate(replays, 111, settings={"question_aware": True}, path=path)
     first.record(1, 40, np.array([0.25, 0.5]))
     first.save(path)
