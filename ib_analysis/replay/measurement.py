@@ -136,38 +136,37 @@ def measure_prompts(
     return measure_plans(Replays(model, spec, examples), [plans])[0]
 
 
-def best_plan(replays: Replays, plans: Sequence[Plans], show: str = "") -> int:
-    """Index of the plan with the least mean loss over all prompts."""
-    return 0 if len(plans) == 1 else best_plans(replays, [plans], show)[0]
-
-
 def best_plans(replays: Replays, grids: Sequence[Sequence[Plans]], show: str = "") -> list[int]:
-    """For each grid the index of the plan with the least mean loss over all prompts.
+    """For each grid the index of the plan with the least mean loss over all prompts; the first where there is a tie.
 
     The plan of a grid that loses least on a few prompts is measured on all. The others meet the prompts on which these leaders
     lose most first, and are dropped as soon as they have lost more than their leader does on all prompts: no loss is
     negative, so the answer is exact, yet most plans are measured on few prompts. Grids share what they can: many plans at once
     take less time.
     """
+    if all(len(grid) == 1 for grid in grids):
+        return [0] * len(grids)
+    different = list(dict.fromkeys(plans for grid in grids for plans in grid))
+    index = {plans: number for number, plans in enumerate(different)}
+    members = [np.array([index[plans] for plans in grid]) for grid in grids]
     few = -(-len(replays) // PILOT)
-    begins = np.cumsum([0, *map(len, grids)])
-    everything = [plans for grid in grids for plans in grid]
-    grid_of = np.repeat(np.arange(len(grids)), np.diff(begins))
-    losses = replays.measure(everything, show, range(few))[0].sum(0)  # of each plan, on the prompts that it has met
-    leaders = [int(begin + losses[begin:end].argmin()) for begin, end in zip(begins, begins[1:])]
-    leading, _ = replays.measure([everything[leader] for leader in leaders], show)  # [examples, grids]
+    losses = replays.measure(different, show, range(few))[0].sum(0)  # of each plan, on the prompts that it has met
+    leaders = [int(some[losses[some].argmin()]) for some in members]
+    leading, _ = replays.measure([different[leader] for leader in leaders], show)  # [examples, grids]
     losses[leaders] = leading.sum(0)
-    to_beat = losses[leaders][grid_of] * (1 + ROUNDING)
+    to_beat = np.zeros(len(different))  # of each plan, the largest loss with which it wins a grid
+    for some, leader in zip(members, leaders):
+        to_beat[some] = np.maximum(to_beat[some], losses[leader] * (1 + ROUNDING))
     racing = np.setdiff1d(np.flatnonzero(losses <= to_beat), leaders)
     hardest = few + np.argsort(-(leading[few:] / leading.mean(0).clip(float_info.min)).sum(1), kind="stable")
     for begin in tqdm(range(0, len(hardest), replays.at_once), desc=show, disable=not show, leave=False):
         if len(racing) == 0:
             break
         numbers = hardest[begin : begin + replays.at_once].tolist()
-        losses[racing] += replays.measure([everything[plan] for plan in racing.tolist()], numbers=numbers)[0].sum(0)
+        losses[racing] += replays.measure([different[plan] for plan in racing.tolist()], numbers=numbers)[0].sum(0)
         racing = racing[losses[racing] <= to_beat[racing]]
-    finalists = [[leader, *racing[grid_of[racing] == grid]] for grid, leader in enumerate(leaders)]
-    return [int(min(some, key=lambda plan: float(losses[plan])) - begin) for some, begin in zip(finalists, begins)]
+    known = np.isin(np.arange(len(different)), [*leaders, *racing])
+    return [int(np.where(known[some], losses[some], np.inf).argmin()) for some in members]
 
 
 def bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:

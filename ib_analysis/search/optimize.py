@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, nan
 from numbers import Real
 from pathlib import Path
@@ -23,7 +24,7 @@ from ib_analysis.model.load import check_model
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import PROMPT_LENGTH, Example, Prompts, check_lengths, make_examples, median_length
-from ib_analysis.replay.measurement import best_plan, sample_plans
+from ib_analysis.replay.measurement import best_plans, sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import DEFAULT, Scorer, get_scorer, scorer_to_json
 from ib_analysis.search.allocation import Allocation
@@ -265,70 +266,96 @@ def prepare(
     return Workbench(profile, calibration, validation, path, clock)
 
 
-def allocate_all(bench: Workbench, shares: Sequence[float]) -> list[Allocation]:
-    """The best allocation for each share. Options are measured together for all of them, which is faster than one by one.
-
-    All are measured before any share is allocated, so that the same profile, read from its file, gives the same allocations.
-    """
-    limits, measured = [bench.profile.limit(share) for share in shares], -1
-    bench.measure(limits)
-    while measured < (known := int(bench.profile.measured_prompts.sum())):
-        measured = known
-        for limit in limits:
-            bench.solve(limit, USABLE)
-    return [allocate(bench, share) for share in shares]
-
-
 def allocate(bench: Workbench, share: float, objective: str = USABLE) -> Allocation:
     """The best allocation within `share` of the full 16-bit cache, from the context length of the profile on.
 
     Raises BudgetError if nothing fits.
     """
+    return allocate_all(bench, [share], objective)[0]
+
+
+def allocate_all(bench: Workbench, shares: Sequence[float], objective: str = USABLE) -> list[Allocation]:
+    """The best allocation for each share. Plans are measured together for all of them, which is faster than one by one.
+
+    Raises BudgetError if nothing fits.
+    """
     profile, clock = bench.profile, bench.clock
-    whole = profile.limit(share)
-    solution, _ = bench.solve(whole, objective)
-    candidates = [("optimal" if objective == USABLE else f"optimal by {objective}", profile.plans(solution.choice))]
-    if objective == USABLE:  # the cells of all policies may be better where heads stand in for each other
-        cells = {cell.plans: cell for policy in POLICIES.values() for cell in policy(profile.spec, whole)}
-        candidates += [(f"{cell.family}, {cell.setting}", plans) for plans, cell in cells.items()]
-    best = clock.attempt("deciding", lambda: _decide(bench.validation, [plans for _, plans in candidates])) or 0
-    source, chosen = candidates[best]
-    sample = clock.attempt("validating", lambda: sample_plans(bench.validation, [chosen]))
-    measured = clock.attempt("validating", lambda: bench.calibration.measure([chosen])[0][:, 0])
-    summed = solution.loss if best == 0 else clock.attempt("heads alone", lambda: loss_sum_bits(bench, chosen))
-    in_sample = [] if measured is None or sample is None else [*measured, *sample.kl_bits[:, 0]]
+    limits = [profile.limit(share) for share in shares]
+    if objective == USABLE and len(shares) > 1:
+        _measure_all(bench, limits)
+    solutions = [bench.solve(limit, objective)[0] for limit in limits]
+    candidates = [_candidates(profile, limit, solution, objective) for limit, solution in zip(limits, solutions)]
+    grids = [list(some) for some in candidates]
+    best = clock.attempt("deciding", lambda: _decide(bench.validation, grids)) or [0] * len(shares)
+    chosen = [grid[index] for grid, index in zip(grids, best)]
+    sample = clock.attempt("validating", lambda: sample_plans(bench.validation, chosen))
+    calibrated = clock.attempt("validating", lambda: bench.calibration.measure(chosen)[0])  # [prompts, shares]
     path = curve(list(bench.losses(objective)), list(profile.nbytes()))
     recent_bytes = profile.spec.recent_bytes(profile.context_length)
     full_bytes = profile.spec.shape.bytes_per_token * profile.context_length
-    return Allocation(
-        model=profile.model,
-        spec=profile.spec.for_plans(chosen),
-        plans=chosen,
-        context_length=profile.context_length,
-        budget_share=share,
-        source=source,
-        objective=objective,
-        loss_sum_bits=nan if summed is None else summed,
-        in_sample_loss_bits=float(np.mean(in_sample)) if in_sample else nan,
-        solver_gap=solution.gap,
-        dual_bound=solution.dual_bound,
-        validation=None if sample is None else sample.measurement(0),
-        budget_curve=tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss)),
-    )
+    budget_curve = tuple(((int(cost) + recent_bytes) / full_bytes, float(loss)) for cost, loss in zip(path.cost, path.loss))
+    allocations = []
+    for number, (solution, plans) in enumerate(zip(solutions, chosen)):
+        alone = solution.loss if best[number] == 0 else clock.attempt("heads alone", partial(loss_sum_bits, bench, plans))
+        seen = [] if calibrated is None or sample is None else [*calibrated[:, number], *sample.kl_bits[:, number]]
+        allocations.append(
+            Allocation(
+                model=profile.model,
+                spec=profile.spec.for_plans(plans),
+                plans=plans,
+                context_length=profile.context_length,
+                budget_share=shares[number],
+                source=candidates[number][plans],
+                objective=objective,
+                loss_sum_bits=nan if alone is None else alone,
+                in_sample_loss_bits=float(np.mean(seen)) if seen else nan,
+                solver_gap=solution.gap,
+                dual_bound=solution.dual_bound,
+                validation=None if sample is None else sample.measurement(number),
+                budget_curve=budget_curve,
+            )
+        )
+    return allocations
 
 
-def _decide(validation: Replays, candidates: Sequence[Plans]) -> int:
-    """Index of the plans to take: the first, unless others lose less by more than chance.
+def _measure_all(bench: Workbench, limits: Sequence[ByteLimit]) -> None:
+    """Measures what matters at any of the limits, before one is solved for good.
+
+    So the same profile, read from its file, gives the same allocations.
+    """
+    measured = -1
+    bench.measure(limits)
+    while measured < (known := int(bench.profile.measured_prompts.sum())):
+        measured = known
+        for limit in limits:
+            bench.solve(limit, USABLE)
+
+
+def _candidates(profile: Profile, limit: ByteLimit, solution: Solution, objective: str) -> dict[Plans, str]:
+    """Plans within the limit and where they come from: the solver's first, then the cells of all policies.
+
+    Where heads stand in for each other, a cell may be better.
+    """
+    if objective != USABLE:
+        return {profile.plans(solution.choice): f"optimal by {objective}"}
+    cells = [cell for policy in POLICIES.values() for cell in policy(profile.spec, limit)]
+    return {profile.plans(solution.choice): "optimal"} | {cell.plans: f"{cell.family}, {cell.setting}" for cell in cells}
+
+
+def _decide(validation: Replays, grids: Sequence[Sequence[Plans]]) -> list[int]:
+    """Of each grid the index of the plans to take: the first, unless others lose less by more than chance.
 
     Of a hundred cells some lose less on a few dozen prompts than plans that are better, so one standard error is asked for (the
     rule of Breiman et al. 1984 for choosing the simpler of models).
     """
-    best = best_plan(validation, candidates, "deciding")
-    if best == 0 or len(validation) < 2:
+    best = best_plans(validation, grids, "deciding")
+    better = [number for number, index in enumerate(best) if index]
+    if not better or len(validation) < 2:
         return best
-    kl_bits, _ = validation.measure([candidates[0], candidates[best]])
-    gains = kl_bits[:, 0] - kl_bits[:, 1]
-    return best if gains.mean() > CLEAR * gains.std(ddof=1) / len(gains) ** 0.5 else 0
+    kl_bits, _ = validation.measure([grids[number][index] for number in better for index in (0, best[number])])
+    gains = kl_bits[:, 0::2] - kl_bits[:, 1::2]  # [prompts, better]
+    clear = gains.mean(0) > CLEAR * gains.std(0, ddof=1) / len(gains) ** 0.5
+    return [index if index == 0 or clear[better.index(number)] else 0 for number, index in enumerate(best)]
 
 
 def loss_sum_bits(bench: Workbench, plans: Plans) -> float:

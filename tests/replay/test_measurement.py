@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ib_analysis.policies import POLICIES
-from ib_analysis.replay.measurement import Measurement, Sample, best_plan, best_plans, bootstrap_interval
+from ib_analysis.replay.measurement import Measurement, Sample, best_plans, bootstrap_interval
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +61,14 @@ def test_best_plan_is_that_of_measuring_all(bench, share):
     profile = bench.profile
     cells = [cell.plans for cell in POLICIES["uniform"](profile.spec, profile.limit(share))]
     means = bench.validation.measure(cells)[0].mean(0)
-    assert means[best_plan(bench.validation, cells)] == pytest.approx(means.min(), rel=1e-9)
-    assert best_plan(bench.validation, cells[:1]) == 0
+    assert means[best_plans(bench.validation, [cells])[0]] == pytest.approx(means.min(), rel=1e-9)
+    assert best_plans(bench.validation, [cells[:1]])[0] == 0
 
 
 def test_best_plans_of_several_grids_are_those_of_each(bench):
     profile = bench.profile
     grids = [[cell.plans for cell in POLICIES["uniform"](profile.spec, profile.limit(share))] for share in (1 / 4, 1 / 8)]
-    assert best_plans(bench.validation, grids) == [best_plan(bench.validation, grid) for grid in grids]
+    assert best_plans(bench.validation, grids) == [best_plans(bench.validation, [grid])[0] for grid in grids]
 
 
 def test_json_round_trip():

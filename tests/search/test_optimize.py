@@ -16,11 +16,11 @@ from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.experiments.heads import information
 from ib_analysis.policies import POLICIES
 from ib_analysis.replay.examples import make_examples
-from ib_analysis.replay.measurement import best_plan, sample_plans
+from ib_analysis.replay.measurement import best_plans, sample_plans
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.objectives import OBJECTIVES, USABLE
-from ib_analysis.search.optimize import allocate, optimal_allocation
+from ib_analysis.search.optimize import allocate, allocate_all, optimal_allocation
 from ib_analysis.search.profile import Profile
 from ib_analysis.search.worth_measuring import measure_worthwhile
 from ib_analysis.tasks.mixture import mixture
@@ -34,7 +34,7 @@ SHARES = (1 / 4, 1 / 8, SMALLEST_SHARE)
 
 @pytest.fixture(scope="module")
 def allocations(bench):
-    return {share: allocate(bench, share) for share in SHARES}
+    return dict(zip(SHARES, allocate_all(bench, SHARES)))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_no_worse_than_the_best_uniform_cell(share, allocations, bench, fresh):
     """The uniform cell is chosen on these very prompts; from 16 prompts the decision may have chosen it, too."""
     profile = bench.profile
     cells = [cell.plans for cell in POLICIES["uniform"](profile.spec, profile.limit(share))]
-    sample = sample_plans(fresh, [allocations[share].plans, cells[best_plan(fresh, cells)]])
+    sample = sample_plans(fresh, [allocations[share].plans, cells[best_plans(fresh, [cells])[0]]])
     optimal, uniform = sample.kl_bits.mean(0)
     assert optimal <= uniform
 
