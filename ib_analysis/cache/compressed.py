@@ -1,306 +1,17 @@
-"""A transformers cache that keeps, in each layer and KV head, what its plan says, in packed storage."""
+"""A transformers cache that keeps, in each layer and KV head, what its plan says."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-import numpy as np
-import torch
-from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
-from ib_kernels.backends import pick_backend
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
-from ib_analysis.cache.plan import HeadPlan, Plans, Recent
+from ib_analysis.cache.layer import CompressedLayer
+from ib_analysis.cache.masks import MaskCheck
+from ib_analysis.cache.plan import Plans
 from ib_analysis.cache.spec import CacheSpec
-from ib_analysis.cache.tiers import ranks
-from ib_analysis.scorers import Scorer
-
-QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they bound the memory of a long follow-up
-
-Form = tuple[str, int, int]  # format, key bits, value bits
-
-
-class CompressedLayer(CacheLayerMixin, AnsweringLayer):
-    """One layer. The first block that it sees is answered at full precision, then compressed.
-
-    `keys` and `values` [B, H_kv, S + w, D] are the tokens at 16 bits: S sinks, then w recent ones. `packed` holds
-    the rest, one part for each of `forms`. Evicted tokens and padding are gone.
-    """
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, plans: tuple[HeadPlan, ...], recent: Recent, scorer: Scorer, bases: Bases | None = None) -> None:
-        super().__init__()
-        self.plans, self.recent, self.scorer, self.bases = plans, recent, scorer, bases
-        self.forms = _forms(plans)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.is_initialized = False
-        self.packed: list[PackedTokens] = []  # run b * len(tiers) + j is what tiers[j] takes of sequence b
-        self.schedule: Schedule | None = None  # of the kernels, while lengths stay as they are
-        self.sink_mask: Tensor | None = None  # bool [B, S], false where a short sequence has no sink; None if all have
-        self.compressible: list[int] = []  # per sequence, the tokens that have been compressed or evicted
-        self.start = 0  # position where the window begins
-        self.cumulative_length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        heads, head_dim = key_states.shape[1], key_states.shape[-1]
-        if heads != len(self.plans) or head_dim != value_states.shape[-1]:
-            raise ValueError(
-                f"the plan is for {len(self.plans)} KV heads with keys and values of one size, but the model has {heads} "
-                f"with keys of {head_dim} and values of {value_states.shape[-1]} channels"
-            )
-        self.dtype = key_states.dtype if key_states.dtype in (torch.float16, torch.bfloat16) else torch.float16
-        self.device = key_states.device
-        self.backend = pick_backend(self.device, head_dim, [form for form, _ in self.forms])
-        self.bases = None if self.bases is None else self.bases.to(self.device)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.keys is not None and len(key_states) != len(self.keys):
-            raise ValueError(
-                f"the cache holds {len(self.keys)} sequences, not {len(key_states)}: use a cache for each batch, or "
-                "batch_repeat_interleave"
-            )
-        self.new = key_states, value_states
-        self.cumulative_length += key_states.shape[-2]
-        return self, self
-
-    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
-        new_keys, new_values = self.new
-        del self.new
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"a compressed cache takes masks of bool, true where a token is seen, not of {mask.dtype}")
-        if self.keys is None or self.values is None:
-            out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
-            self._compress(module, query, new_keys, new_values, mask, scaling)
-            return out
-        self.keys = torch.cat([self.keys, new_keys.to(self.dtype)], dim=2)
-        self.values = torch.cat([self.values, new_values.to(self.dtype)], dim=2)
-        length = query.shape[2]
-        visible = self._exact_mask(length, mask)
-        block = max(1, QUERY_ROWS * len(self.plans) // query.shape[1])
-        outs = [
-            self._attend_all(
-                query[:, :, i : i + block], None if visible is None else visible[:, 0, i : i + block], scaling, extras
-            )
-            for i in range(0, length, block)
-        ]
-        self._flush(module, query, visible, scaling)
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-    def _attend_all(self, query: Tensor, visible: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
-        """Output [B, H, M, D] for queries [B, H, M, D], which see what `visible` [B or 1, M, S + w] says, and what is packed."""
-        assert self.keys is not None and self.values is not None
-        pairs = self.keys.shape[0] * self.keys.shape[1]
-        parts = [part.packed for part in self.packed]
-        query32 = query.float() if query.dtype == torch.float64 else query
-        softcap = extras.get("softcap")
-        if self.backend == "triton" and self.schedule is None:  # for the steps of one token that follow
-            grouped = query.shape[1] // self.keys.shape[1]
-            capped = softcap is not None
-            self.schedule = schedule(parts, pairs, self.device, rows=grouped, dtype=query32.dtype, softcap=capped)
-        rows = query32.reshape(pairs, -1, query.shape[-1]).contiguous()  # [B * H_kv, G * M, D]
-        seen = None if visible is None else visible.contiguous()
-        window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), seen)
-        out, lse = packed_attention(rows, parts, window, scaling, softcap, schedule=self.schedule, backend=self.backend)
-        return finish([out], [lse], query, extras)
-
-    def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor | None:
-        """Which tokens at 16 bits the `length` newest positions see: bool [B or 1, 1, length, S + w], or None if all are seen."""
-        assert self.keys is not None
-        if length == 1 and mask is None and self.sink_mask is None:
-            return None
-        tokens = self.keys.shape[2]
-        sinks = self._sink_count
-        if mask is None:
-            visible = causal_mask(length, tokens, self.device)
-        else:
-            visible = torch.ones(mask.shape[0], 1, length, tokens, dtype=torch.bool, device=self.device)
-            visible[..., sinks:] = mask[..., mask.shape[-1] - (tokens - sinks) :]
-        if self.sink_mask is not None:
-            visible = visible.expand(self.sink_mask.shape[0], -1, -1, -1).clone()
-            visible[..., :sinks] &= self.sink_mask[:, None, None, :]
-        return visible
-
-    @property
-    def _sink_count(self) -> int:
-        return min(self.recent.sinks, self.start)
-
-    def _compress(
-        self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
-    ) -> None:
-        """Sinks and window to 16 bits, the tokens between them to packed storage."""
-        batch, _, length, _ = keys.shape
-        valid = _valid_tokens(mask, batch, length, self.device)
-        first = (~valid).sum(1)  # position of each sequence's first token
-        sinks = min(self.recent.sinks, length)
-        self.start = sinks + self.recent.compressible(length)
-        sink_positions = first[:, None] + torch.arange(sinks, device=self.device)  # [B, S]
-        in_front = sink_positions < self.start
-        self.sink_mask = None if bool(in_front.all()) else in_front
-        position = torch.arange(length, device=self.device)
-        exact = torch.cat([sink_positions.clamp(max=length - 1), position[self.start :].expand(batch, -1)], 1)
-        rows = exact[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        self.keys, self.values = keys.gather(2, rows).to(self.dtype), values.gather(2, rows).to(self.dtype)
-        self.compressible = [0] * batch
-        leaving = (position >= first[:, None] + sinks) & (position < self.start)  # [B, T]
-        if self.start > sinks and bool(leaving.any()):
-            self._pack(leaving, self.scorer(module, query, keys, values, valid, scaling), keys, values)
-
-    def _flush(self, module: nn.Module, query: Tensor, visible: Tensor | None, scaling: float) -> None:
-        """Moves the oldest tokens out of the window, as many as the length asks for, ranked by the newest queries."""
-        assert self.keys is not None and self.values is not None
-        sinks = min(self.recent.sinks, self.cumulative_length)
-        self._grow_sinks(sinks, visible)
-        count = sinks + self.recent.compressible(self.cumulative_length) - self.start
-        if count <= 0:
-            return
-        present = self._present(visible)
-        leaving = present.clone()
-        leaving[:, :sinks] = leaving[:, sinks + count :] = False
-        self._pack(leaving, self.scorer(module, query, self.keys, self.values, present, scaling), self.keys, self.values)
-        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], dim=2)
-        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], dim=2)
-        self.start += count
-
-    def _present(self, visible: Tensor | None) -> Tensor:
-        """Which tokens at 16 bits are no padding, because the newest token sees them: bool [B, S + w]."""
-        assert self.keys is not None
-        batch, tokens = self.keys.shape[0], self.keys.shape[2]
-        if visible is None:
-            return torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
-        return visible[:, 0, -1].expand(batch, -1)
-
-    def _grow_sinks(self, sinks: int, visible: Tensor | None) -> None:
-        """While the cache is shorter than its sinks, every token becomes one."""
-        grown = sinks - self._sink_count
-        if grown > 0:
-            seen = self._present(visible)[:, :sinks]
-            self.sink_mask = None if bool(seen.all()) else seen.clone()
-            self.start += grown
-
-    def _pack(self, leaving: Tensor, scores: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Packs tokens `leaving` bool [B, T] of keys and values [B, H_kv, T, D]; those of the highest scores come first.
-
-        Tiers take what their shares of all compressible tokens ask for, in order of position.
-        """
-        before = np.array(self.compressible)
-        after = before + np.array(leaving.sum(1).tolist())
-        rank = ranks(scores, leaving[:, None])  # [B, H_kv, T]
-        edges = [head.edges(after, before) for head in self.plans]  # of each head, for its tiers and one more: [B]
-        packed = []
-        for i, (form, tiers) in enumerate(self.forms):
-            heads = torch.tensor([h for h, _ in tiers], device=self.device)
-            begin, end = (torch.tensor(np.stack([edges[h][t + n] for h, t in tiers], 1)) for n in (0, 1))  # [B, tiers]
-            rows = _taken(rank, heads, begin.to(self.device), end.to(self.device))
-            lengths = (end - begin).flatten().to(self.device, torch.int32)
-            if self.packed:
-                self.packed[i].append(keys.flatten(0, 2)[rows], values.flatten(0, 2)[rows], lengths)
-            else:
-                pairs = self._pairs(heads, len(before))
-                fmt, key_bits, value_bits = form
-                sides = (_readable(keys), _readable(values))
-                made = quantize_pack(
-                    fmt,
-                    *sides,
-                    rows,
-                    lengths,
-                    pairs,
-                    key_bits,
-                    value_bits,
-                    raw_dtype=self.dtype,
-                    backend=self.backend,
-                    bases=self.bases,
-                )
-                packed.append(PackedTokens(made, self.dtype, self.backend))
-        self.packed = self.packed or packed
-        self.compressible = after.tolist()
-        self.schedule = None
-
-    def _pairs(self, heads: Tensor, batch: int) -> Tensor:
-        """The (sequence, KV head) pairs of the runs of a part: int32 [B * tiers]."""
-        sequence = torch.arange(batch, device=self.device)
-        return (sequence[:, None] * len(self.plans) + heads).flatten().to(torch.int32)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: positions are counted by it."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that holds tokens, or says which there are."""
-        held = [t for t in (self.keys, self.values, self.sink_mask) if t is not None]
-        return held + [tensor for part in self.packed for tensor in part.tensors().values()]
-
-    def reset(self) -> None:
-        self._clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens; a negative number, as in transformers. Only tokens still in the window can go."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number, the tokens to remove, not {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None or self.values is None:
-            return
-        window = self.keys.shape[2] - self._sink_count
-        if -tokens_to_remove > window:
-            raise ValueError(
-                f"cannot crop {-tokens_to_remove} tokens: only the {window} newest are not compressed; "
-                "use an allocation with a longer window, or fill the cache again"
-            )
-        # Copied: a view would keep the forgotten tokens in memory.
-        self.keys, self.values = (x[:, :, :tokens_to_remove].clone() for x in (self.keys, self.values))
-        self.cumulative_length += tokens_to_remove
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences that `indices` names, in its order; repeats allowed."""
-        if self.keys is None or self.values is None:
-            return
-        indices = indices.to(self.keys.device)
-        self.keys, self.values = self.keys[indices], self.values[indices]
-        if self.sink_mask is not None:
-            self.sink_mask = self.sink_mask[indices]
-        self.compressible = [self.compressible[b] for b in indices.tolist()]
-        for i, (_, tiers) in enumerate(self.forms[: len(self.packed)]):
-            runs = indices[:, None] * len(tiers) + torch.arange(len(tiers), device=indices.device)
-            heads = torch.tensor([h for h, _ in tiers], device=indices.device)
-            self.packed[i] = self.packed[i].select(runs.flatten(), self._pairs(heads, len(indices)))
-        self.schedule = None
-
-    def offload(self) -> None:
-        self._move(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.to(device), self.values.to(device)
-            self.sink_mask = None if self.sink_mask is None else self.sink_mask.to(device)
-            self.packed = [part.to(device) for part in self.packed]
-            self.schedule = None
 
 
 class CompressedCache(Cache):
@@ -314,13 +25,38 @@ class CompressedCache(Cache):
 
     def __init__(self, spec: CacheSpec, plans: Plans) -> None:
         layers: list[CacheLayerMixin] = []
+        masks = MaskCheck()
         for i, (layer, heads) in enumerate(zip(spec.shape.layers, plans, strict=True)):
             if layer.sliding_window is not None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=layer.sliding_window))
             else:
                 bases = spec.layer_bases(i, heads or ())
-                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, bases))
+                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, bases, masks))
         super().__init__(layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See transformers. Raises ValueError if the last step ended before all layers had its tokens."""
+        if layer_idx == 0 and self.is_broken:
+            raise ValueError(
+                "the last step on this cache was interrupted or refused in the middle, so its layers hold different tokens: "
+                "call reset() and fill it again, or use a new cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a step has ended before all layers had its tokens."""
+        changing = any(isinstance(layer, CompressedLayer) and layer.changing for layer in self.layers)
+        return changing or len({layer.get_seq_length() for layer in self.layers}) > 1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See transformers. All layers are asked before one changes; raises ValueError if one of them cannot do it."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.check_crop(tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
+                raise ValueError("cannot crop: the tokens before the sliding window of a layer are gone; fill the cache again")
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:
@@ -337,42 +73,3 @@ class CompressedCache(Cache):
 def _layer_nbytes(layer: CacheLayerMixin) -> int:
     tensors = layer.tensors() if isinstance(layer, CompressedLayer) else [layer.keys, layer.values]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
-    """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
-    forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
-    for h, head in enumerate(plans):
-        seen: Counter[Form] = Counter()
-        for t, tier in enumerate(head.tiers):
-            form = (head.format, tier.key_bits, tier.value_bits)
-            forms.setdefault((form, seen[form]), []).append((h, t))
-            seen[form] += 1
-    return [(form, tiers) for (form, _), tiers in forms.items()]
-
-
-def _taken(rank: Tensor, heads: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """Rows (b * H_kv + h) * T + t of tokens with begin <= rank < end, run after run: int64 [N].
-
-    rank is [B, H_kv, T], begin and end are [B, tiers] for the tiers of `heads` [tiers].
-    """
-    of_tier = rank[:, heads]  # [B, tiers, T]
-    taken = (of_tier >= begin[..., None]) & (of_tier < end[..., None])
-    sequence, tier, token = taken.nonzero().unbind(1)
-    return (sequence * rank.shape[1] + heads[tier]) * rank.shape[2] + token
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x as quantizers take it: no double precision, the channels of a token side by side."""
-    x = x.float() if x.dtype == torch.float64 else x
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _valid_tokens(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """Which tokens of the first block are no padding: bool [B, T]. Raises ValueError unless padding is on the left."""
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    valid = mask[:, 0, -1].expand(batch, -1)
-    if not bool((valid[:, 1:] >= valid[:, :-1]).all()):
-        raise ValueError("a compressed cache needs padding on the left: set tokenizer.padding_side = 'left'")
-    return valid

@@ -8,31 +8,51 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from ib_kernels import FORMATS, RAW_BITS, tokens_nbytes
+from ib_kernels import FORMATS, RAW_BITS, get_format, tokens_nbytes
+from ib_kernels.formats.format import check_precision
 
 from ib_analysis.cache.tiers import Count, tier_counts, tier_edges
 
 BITS = (2, 3, 4, 8)
 FULL = (RAW_BITS, RAW_BITS)
+SLACK = 1e-9  # of shares, which are rounded
+MAX_LENGTH = 2**31 - 1  # of a context, in tokens
 WINDOW_SHARE = 1 / 4  # of a budget that sinks and window may take
 MAX_SINKS, MAX_WINDOW, MAX_FLUSH = 4, 32, 16
 
 
 @dataclass(frozen=True)
 class Tier:
-    """A share of a head's compressible tokens, stored at these precisions (2, 3, 4, 8, or 16 for none)."""
+    """A share of a head's compressible tokens, stored at these precisions (2, 3, 4, 8, or 16 for none).
+
+    Raises ValueError for what cannot be stored.
+    """
 
     token_share: float
     key_bits: int
     value_bits: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.token_share <= 1:
+            raise ValueError(f"a tier takes a share of tokens in (0, 1], not {self.token_share!r}")
+        check_precision(self.key_bits)
+        check_precision(self.value_bits)
+
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Tiers of one KV head, the tokens that score highest in the first; what no tier takes is evicted."""
+    """Tiers of one KV head, the tokens that score highest in the first; what no tier takes is evicted.
+
+    Raises ValueError for a format that does not exist, and for tiers that take more than all tokens.
+    """
 
     format: str
     tiers: tuple[Tier, ...] = ()
+
+    def __post_init__(self) -> None:
+        get_format(self.format)
+        if self.kept_share > 1 + SLACK:
+            raise ValueError(f"the tiers of a head take {self.kept_share:.4g} of its tokens, more than all")
 
     @property
     def token_shares(self) -> tuple[float, ...]:
@@ -95,6 +115,12 @@ class Recent:
     sinks: int
     window: int
     flush: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("window", 0), ("flush", 1)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or not least <= number <= MAX_LENGTH:
+                raise ValueError(f"{name} is a whole number of tokens, {least} or more, not {number!r}")
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:

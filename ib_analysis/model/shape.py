@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from transformers import PreTrainedConfig
 
@@ -78,7 +79,10 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
 
 
 def _sliding_window(text: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens that the layer sees; None if it sees all, as it does with a window as long as the model's positions."""
     window = getattr(text, "sliding_window", None)
+    if window is not None and window >= getattr(text, "max_position_embeddings", inf):
+        window = None
     types = getattr(text, "layer_types", None)
     if types is None:
         return window

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ib_analysis.cache.attention import cache_argument, causal_mask, full_attention, use_attention
-from ib_analysis.cache.compressed import CompressedCache, CompressedLayer
+from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.cache.key_bases import KeyBases
+from ib_analysis.cache.layer import CompressedLayer
 from ib_analysis.cache.plan import RAW, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
@@ -298,7 +299,7 @@ def test_a_long_follow_up_is_answered_in_blocks(monkeypatch):
     ids, _ = padded_batch(2)
     logits = []
     for rows in (1, 6, 256):
-        monkeypatch.setattr("ib_analysis.cache.compressed.QUERY_ROWS", rows)
+        monkeypatch.setattr("ib_analysis.cache.layer.QUERY_ROWS", rows)
         cache = CompressedCache(spec, compressing_plans(spec))
         with torch.no_grad():
             model(ids[:, :25], **cache_argument(model, cache))

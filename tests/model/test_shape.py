@@ -39,6 +39,19 @@ def test_layers_that_cannot_be_compressed_are_named(name, said):
         cache_shape(AutoConfig.for_model(name))
 
 
+@pytest.mark.parametrize("name", ["phi3", "mistral", "qwen3"])
+def test_a_window_as_long_as_the_model_s_positions_hides_nothing(name):
+    """As in Phi-3-mini-128k and Phi-4-mini."""
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    size |= {"pad_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 128}
+    types = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True} if name == "qwen3" else {}
+    for window in (128, 262_144):
+        shape = cache_shape(AutoConfig.for_model(name, **size, **types, sliding_window=window))
+        assert shape.compressible == [0, 1]
+    with pytest.raises(UnsupportedModelError, match="every layer"):
+        cache_shape(AutoConfig.for_model(name, **size, **types, sliding_window=127))
+
+
 def test_only_sliding_layers_and_encoders_are_refused():
     with pytest.raises(UnsupportedModelError, match="every layer"):
         cache_shape(AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16))

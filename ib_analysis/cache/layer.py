@@ -1,0 +1,394 @@
+"""One layer of a cache that keeps, in each KV head, what its plan says, in packed storage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
+from ib_kernels.backends import pick_backend
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
+from ib_analysis.cache.masks import MaskCheck, check_dtype, only_in_front, valid_tokens
+from ib_analysis.cache.plan import HeadPlan, Recent
+from ib_analysis.cache.tiers import ranks
+from ib_analysis.scorers import Scorer
+
+QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they bound the memory of a long follow-up
+
+Form = tuple[str, int, int]  # format, key bits, value bits
+
+
+class CompressedLayer(CacheLayerMixin, AnsweringLayer):
+    """One layer. The first block that it sees is answered at full precision, then compressed.
+
+    `keys` and `values` [B, H_kv, S + w, D] are the tokens at 16 bits: S sinks, then w recent ones. `packed` holds
+    the rest, one part for each of `forms`. Evicted tokens and padding are gone.
+    """
+
+    is_sliding = False
+    is_croppable = False  # only what is in the window can go, so assisted generation is refused before it begins
+
+    def __init__(
+        self,
+        plans: tuple[HeadPlan, ...],
+        recent: Recent,
+        scorer: Scorer,
+        bases: Bases | None = None,
+        masks: MaskCheck | None = None,
+    ) -> None:
+        super().__init__()
+        self.plans, self.recent, self.scorer, self.bases = plans, recent, scorer, bases
+        self.masks = masks or MaskCheck()
+        self.forms = _forms(plans)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.is_initialized = False
+        self.packed: list[PackedTokens] = []  # run b * len(tiers) + j is what tiers[j] takes of sequence b
+        self.schedule: Schedule | None = None  # of the kernels, while lengths stay as they are
+        self.sink_mask: Tensor | None = None  # bool [B, S], false where a short sequence has no sink; None if all have
+        self.compressible: list[int] = []  # per sequence, the tokens that have been compressed or evicted
+        self.padding: list[int] = []  # per sequence, the positions before `start` that hold no token
+        self.start = 0  # position where the window begins
+        self.cumulative_length = 0
+        self.changing = False  # while a block is added; and after that, if it was interrupted
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        heads, head_dim = key_states.shape[1], key_states.shape[-1]
+        if heads != len(self.plans) or head_dim != value_states.shape[-1]:
+            raise ValueError(
+                f"the plan is for {len(self.plans)} KV heads with keys and values of one size, but the model has {heads} "
+                f"with keys of {head_dim} and values of {value_states.shape[-1]} channels"
+            )
+        self.dtype = key_states.dtype if key_states.dtype in (torch.float16, torch.bfloat16) else torch.float16
+        self.device = key_states.device
+        self.backend = pick_backend(self.device, head_dim, [form for form, _ in self.forms])
+        self.bases = None if self.bases is None else self.bases.to(self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys is not None and len(key_states) != len(self.keys):
+            raise ValueError(
+                f"the cache holds {len(self.keys)} sequences, not {len(key_states)}: use a cache for each batch, or "
+                "batch_repeat_interleave"
+            )
+        self.new = key_states, value_states
+        return self, self
+
+    def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
+        new_keys, new_values = self.new
+        del self.new
+        if self.keys is None:
+            if mask is not None:
+                check_dtype(mask)
+            valid = valid_tokens(mask, len(new_keys), new_keys.shape[2], self.device)
+            out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
+            self.changing = True
+            self._compress(module, query, new_keys, new_values, valid, scaling)
+        else:
+            if mask is not None:
+                self.masks.check(mask, self.cumulative_length + new_keys.shape[2], self.start, self.padding)
+            self.changing = True
+            out = self._append(module, query, new_keys, new_values, mask, scaling, extras)
+        self.changing = False
+        return out
+
+    def _append(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        new_keys: Tensor,
+        new_values: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        """Adds a later block, whose queries see what is packed, too."""
+        assert self.keys is not None and self.values is not None
+        self.cumulative_length += new_keys.shape[2]
+        self.keys = torch.cat([self.keys, new_keys.to(self.dtype)], dim=2)
+        self.values = torch.cat([self.values, new_values.to(self.dtype)], dim=2)
+        length = query.shape[2]
+        visible = self._exact_mask(length, mask)
+        block = max(1, QUERY_ROWS * len(self.plans) // query.shape[1])
+        outs = [
+            self._attend_all(
+                query[:, :, i : i + block], None if visible is None else visible[:, 0, i : i + block], scaling, extras
+            )
+            for i in range(0, length, block)
+        ]
+        self._flush(module, query, visible, scaling)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _attend_all(self, query: Tensor, visible: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
+        """Output [B, H, M, D] for queries [B, H, M, D], which see what `visible` [B or 1, M, S + w] says, and what is packed."""
+        assert self.keys is not None and self.values is not None
+        pairs = self.keys.shape[0] * self.keys.shape[1]
+        parts = [part.packed for part in self.packed]
+        query32 = query.float() if query.dtype == torch.float64 else query
+        softcap = extras.get("softcap")
+        if self.backend == "triton" and self.schedule is None:  # for the steps of one token that follow
+            grouped = query.shape[1] // self.keys.shape[1]
+            capped = softcap is not None
+            self.schedule = schedule(parts, pairs, self.device, rows=grouped, dtype=query32.dtype, softcap=capped)
+        rows = query32.reshape(pairs, -1, query.shape[-1]).contiguous()  # [B * H_kv, G * M, D]
+        seen = None if visible is None else visible.contiguous()
+        window = Window(self.keys.flatten(0, 1), self.values.flatten(0, 1), seen)
+        out, lse = packed_attention(rows, parts, window, scaling, softcap, schedule=self.schedule, backend=self.backend)
+        return finish([out], [lse], query, extras)
+
+    def _exact_mask(self, length: int, mask: Tensor | None) -> Tensor | None:
+        """Which tokens at 16 bits the `length` newest positions see: bool [B or 1, 1, length, S + w], or None if all are seen."""
+        assert self.keys is not None
+        if length == 1 and mask is None and self.sink_mask is None:
+            return None
+        tokens = self.keys.shape[2]
+        sinks = self._sink_count
+        if mask is None:
+            visible = causal_mask(length, tokens, self.device)
+        else:
+            visible = torch.ones(mask.shape[0], 1, length, tokens, dtype=torch.bool, device=self.device)
+            visible[..., sinks:] = mask[..., mask.shape[-1] - (tokens - sinks) :]
+        if self.sink_mask is not None:
+            visible = visible.expand(self.sink_mask.shape[0], -1, -1, -1).clone()
+            visible[..., :sinks] &= self.sink_mask[:, None, None, :]
+        return visible
+
+    @property
+    def _sink_count(self) -> int:
+        return min(self.recent.sinks, self.start)
+
+    def _compress(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> None:
+        """Sinks and window to 16 bits, the tokens between them to packed storage; `valid` bool [B, T] are those of the block."""
+        batch, _, length, _ = keys.shape
+        self.cumulative_length = length
+        first = (~valid).sum(1)  # position of each sequence's first token
+        sinks = min(self.recent.sinks, length)
+        self.start = sinks + self.recent.compressible(length)
+        sink_positions = first[:, None] + torch.arange(sinks, device=self.device)  # [B, S]
+        in_front = sink_positions < self.start
+        self.sink_mask = None if bool(in_front.all()) else in_front
+        position = torch.arange(length, device=self.device)
+        exact = torch.cat([sink_positions.clamp(max=length - 1), position[self.start :].expand(batch, -1)], 1)
+        rows = exact[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.keys, self.values = keys.gather(2, rows).to(self.dtype), values.gather(2, rows).to(self.dtype)
+        self.compressible = [0] * batch
+        self.padding = (~valid[:, : self.start]).sum(1).tolist()
+        leaving = (position >= first[:, None] + sinks) & (position < self.start)  # [B, T]
+        if self.start > sinks and bool(leaving.any()):
+            self._pack(leaving, self.scorer(module, query, keys, values, valid, scaling), keys, values)
+
+    def _flush(self, module: nn.Module, query: Tensor, visible: Tensor | None, scaling: float) -> None:
+        """Moves the oldest tokens out of the window, as many as the length asks for, ranked by the newest queries."""
+        assert self.keys is not None and self.values is not None
+        sinks = min(self.recent.sinks, self.cumulative_length)
+        self._grow_sinks(sinks, visible)
+        count = sinks + self.recent.compressible(self.cumulative_length) - self.start
+        if count <= 0:
+            return
+        present = self._present(visible)
+        leaving = present.clone()
+        leaving[:, :sinks] = leaving[:, sinks + count :] = False
+        self._pack(leaving, self._scores(module, query, present, scaling), self.keys, self.values)
+        self._count_padding(present[:, sinks : sinks + count])
+        self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], dim=2)
+        self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], dim=2)
+        self.start += count
+
+    def _scores(self, module: nn.Module, query: Tensor, present: Tensor, scaling: float) -> Tensor:
+        """Scores [B, H_kv, S + w] of the tokens at 16 bits, to which queries [B, H, M, D] of the newest positions belong.
+
+        Scorers know padding in front. Where there is other padding, a later message of another length say, each sequence is
+        scored alone without it: its queries do not count. A sequence without new tokens keeps its newest.
+        """
+        assert self.keys is not None and self.values is not None
+        if only_in_front(present):
+            return self.scorer(module, query, self.keys, self.values, present, scaling)
+        scores = torch.zeros(self.keys.shape[:3], device=self.device)
+        for b, valid in enumerate(present):
+            place, new = valid.nonzero()[:, 0], valid[-query.shape[2] :].nonzero()[:, 0]
+            if len(new) == 0:
+                scores[b, :, place] = place.float()
+                continue
+            keys, values = self.keys[b : b + 1, :, place], self.values[b : b + 1, :, place]
+            found = self.scorer(
+                module, query[b : b + 1, :, new], keys, values, torch.ones_like(place[None], dtype=torch.bool), scaling
+            )
+            scores[b, :, place] = found[0]
+        return scores
+
+    def _count_padding(self, present: Tensor) -> None:
+        """Counts what is no token among positions [B, n] that are now before `start`."""
+        self.padding = [known + more for known, more in zip(self.padding, (~present).sum(1).tolist())]
+
+    def _present(self, visible: Tensor | None) -> Tensor:
+        """Which tokens at 16 bits are no padding, because the newest token sees them: bool [B, S + w]."""
+        assert self.keys is not None
+        batch, tokens = self.keys.shape[0], self.keys.shape[2]
+        if visible is None:
+            return torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
+        return visible[:, 0, -1].expand(batch, -1)
+
+    def _grow_sinks(self, sinks: int, visible: Tensor | None) -> None:
+        """While the cache is shorter than its sinks, every token becomes one."""
+        grown = sinks - self._sink_count
+        if grown > 0:
+            seen = self._present(visible)[:, :sinks]
+            self._count_padding(seen[:, sinks - grown :])
+            self.sink_mask = None if bool(seen.all()) else seen.clone()
+            self.start += grown
+
+    def _pack(self, leaving: Tensor, scores: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Packs tokens `leaving` bool [B, T] of keys and values [B, H_kv, T, D]; those of the highest scores come first.
+
+        Tiers take what their shares of all compressible tokens ask for, in order of position.
+        """
+        before = np.array(self.compressible)
+        after = before + np.array(leaving.sum(1).tolist())
+        rank = ranks(scores, leaving[:, None])  # [B, H_kv, T]
+        edges = [head.edges(after, before) for head in self.plans]  # of each head, for its tiers and one more: [B]
+        packed = []
+        for i, (form, tiers) in enumerate(self.forms):
+            heads = torch.tensor([h for h, _ in tiers], device=self.device)
+            begin, end = (torch.tensor(np.stack([edges[h][t + n] for h, t in tiers], 1)) for n in (0, 1))  # [B, tiers]
+            rows = _taken(rank, heads, begin.to(self.device), end.to(self.device))
+            lengths = (end - begin).flatten().to(self.device, torch.int32)
+            if self.packed:
+                self.packed[i].append(keys.flatten(0, 2)[rows], values.flatten(0, 2)[rows], lengths)
+            else:
+                pairs = self._pairs(heads, len(before))
+                fmt, key_bits, value_bits = form
+                sides = (_readable(keys), _readable(values))
+                made = quantize_pack(
+                    fmt,
+                    *sides,
+                    rows,
+                    lengths,
+                    pairs,
+                    key_bits,
+                    value_bits,
+                    raw_dtype=self.dtype,
+                    backend=self.backend,
+                    bases=self.bases,
+                )
+                packed.append(PackedTokens(made, self.dtype, self.backend))
+        self.packed = self.packed or packed
+        self.compressible = after.tolist()
+        self.schedule = None
+
+    def _pairs(self, heads: Tensor, batch: int) -> Tensor:
+        """The (sequence, KV head) pairs of the runs of a part: int32 [B * tiers]."""
+        sequence = torch.arange(batch, device=self.device)
+        return (sequence[:, None] * len(self.plans) + heads).flatten().to(torch.int32)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: positions are counted by it."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that holds tokens, or says which there are."""
+        held = [t for t in (self.keys, self.values, self.sink_mask) if t is not None]
+        return held + [tensor for part in self.packed for tensor in part.tensors().values()]
+
+    def reset(self) -> None:
+        self._clear()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError if `crop` cannot be done."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number, the tokens to remove, not {tokens_to_remove}")
+        window = 0 if self.keys is None else self.keys.shape[2] - self._sink_count
+        if self.keys is not None and -tokens_to_remove > window:
+            raise ValueError(
+                f"cannot crop {-tokens_to_remove} tokens: only the {window} newest are not compressed; "
+                "use an allocation with a longer window, or fill the cache again"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest tokens; a negative number, as in transformers. Only tokens still in the window can go."""
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove == 0 or self.keys is None or self.values is None:
+            return
+        # Copied: a view would keep the forgotten tokens in memory.
+        self.keys, self.values = (x[:, :, :tokens_to_remove].clone() for x in (self.keys, self.values))
+        self.cumulative_length += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys is not None:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences that `indices` names, in its order, as it would select rows of a tensor; repeats allowed."""
+        if self.keys is None or self.values is None:
+            return
+        indices = torch.arange(len(self.keys))[torch.as_tensor(indices, device="cpu")].to(self.keys.device)
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        if self.sink_mask is not None:
+            self.sink_mask = self.sink_mask[indices]
+        self.compressible = [self.compressible[b] for b in indices.tolist()]
+        self.padding = [self.padding[b] for b in indices.tolist()]
+        for i, (_, tiers) in enumerate(self.forms[: len(self.packed)]):
+            runs = indices[:, None] * len(tiers) + torch.arange(len(tiers), device=indices.device)
+            heads = torch.tensor([h for h, _ in tiers], device=indices.device)
+            self.packed[i] = self.packed[i].select(runs.flatten(), self._pairs(heads, len(indices)))
+        self.schedule = None
+
+    def offload(self) -> None:
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.to(device), self.values.to(device)
+            self.sink_mask = None if self.sink_mask is None else self.sink_mask.to(device)
+            self.packed = [part.to(device) for part in self.packed]
+            self.schedule = None
+
+
+def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
+    """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
+    forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
+    for h, head in enumerate(plans):
+        seen: Counter[Form] = Counter()
+        for t, tier in enumerate(head.tiers):
+            form = (head.format, tier.key_bits, tier.value_bits)
+            forms.setdefault((form, seen[form]), []).append((h, t))
+            seen[form] += 1
+    return [(form, tiers) for (form, _), tiers in forms.items()]
+
+
+def _taken(rank: Tensor, heads: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Rows (b * H_kv + h) * T + t of tokens with begin <= rank < end, run after run: int64 [N].
+
+    rank is [B, H_kv, T], begin and end are [B, tiers] for the tiers of `heads` [tiers].
+    """
+    of_tier = rank[:, heads]  # [B, tiers, T]
+    taken = (of_tier >= begin[..., None]) & (of_tier < end[..., None])
+    sequence, tier, token = taken.nonzero().unbind(1)
+    return (sequence * rank.shape[1] + heads[tier]) * rank.shape[2] + token
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as quantizers take it: no double precision, the channels of a token side by side."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
