@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisError
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def make_folder(folder: Path) -> None:
@@ -35,11 +38,13 @@ def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
     A line is {"text": ...} or {"messages": [...]}; of both, the text. Raises CalibrationError, with the line, for anything else.
     """
     prompts = []
+    path = path.expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other breaks may be part of a text
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read prompts from {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
+        raise CalibrationError(f"cannot read prompts from {path}: {error}; they are JSON lines in UTF-8 or UTF-16") from error
+    for number, line in enumerate(text.split("\n"), 1):  # other breaks may be part of a text
         if line.strip():
             prompts.append(_read_prompt(line, f"line {number} of {path}"))
     return prompts
@@ -49,12 +54,16 @@ def _read_prompt(line: str, name: str) -> str | list[dict[str, Any]]:
     try:
         row = json.loads(line)
         prompt: str | list[dict[str, Any]] = row["text"] if "text" in row else row["messages"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CalibrationError(f'{name} is not {{"text": ...}} or {{"messages": [...]}}') from error
     if "text" in row and not isinstance(prompt, str):
         raise CalibrationError(f"{name} has a text of type {type(prompt).__name__}")
     if "text" not in row and not (isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)):
         raise CalibrationError(f'{name} has messages that are no list of {{"role": ..., "content": ...}}')
+    try:
+        json.dumps(prompt, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{name} is no valid Unicode, half an emoji say: {error}") from error
     return prompt
 
 
@@ -91,7 +100,7 @@ def read_sealed_json(text: str, name: str) -> dict[str, Any]:
     """The content of `sealed_json`. Raises CorruptFileError if the text was cut or edited."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{name} is no complete JSON ({error}): write it again") from error
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise CorruptFileError(f"{name} was changed after it was written (its checksum is wrong): write it again")
@@ -105,7 +114,7 @@ def number_from_json(value: float | None) -> float:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """A safetensors file whose metadata holds `header` and a checksum of everything."""
-    seal = sealed_json({**header, "tensors": _digests(tensors)})
+    seal = sealed_json({**header, "sealed": _digests(tensors)})
     write_whole(path, lambda partial: partial.write_bytes(save(tensors, metadata={"header": seal})))
 
 
@@ -122,7 +131,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "header" not in metadata:
         raise CorruptFileError(f"{path} was not written by this package: it has no header")
     header = read_sealed_json(metadata["header"], str(path))
-    if header.pop("tensors", None) != _digests(tensors):
+    sealed, contents = header.pop("sealed", None), header.pop("tensors", None)  # files of older versions seal contents alone
+    if sealed != _digests(tensors) and (sealed is not None or contents != _content_digests(tensors)):
         raise CorruptFileError(f"the tensors of {path} were changed after they were written: write it again")
     return tensors, header
 
@@ -132,6 +142,11 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    kinds = {name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    return {name: f"{kinds[name]} {digest}" for name, digest in _content_digests(tensors).items()}
+
+
+def _content_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {
         name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in sorted(tensors.items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,10 @@ def test_a_line_may_be_a_conversation(tmp_path):
         ("null", "line 4 of .* is not"),
         ('{"text": 3}', "line 4 of .* has a text of type int"),
         ('{"text": null}', "line 4 of .* has a text of type NoneType"),
+        ('{"text": "half an emoji \\ud83d"}', "line 4 of .* is no valid Unicode"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "line 4 of .* is no valid Unicode"),
+        ("[" * 100_000, "line 4 of .* is not"),
+        ("9" * 10_000, "line 4 of .* is not"),
     ],
 )
 def test_a_line_that_is_no_prompt(line, said, tmp_path):
@@ -141,12 +146,51 @@ def test_a_line_that_is_no_prompt(line, said, tmp_path):
 
 
 def test_prompts_that_cannot_be_read(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
+    (tmp_path / "binary").write_bytes(b"\x80{}")
     for path in (tmp_path / "none", tmp_path, tmp_path / "binary"):
         with pytest.raises(CalibrationError, match=rf"cannot read prompts from .*{path.name}: "):
             read_prompts(path)
     (tmp_path / "empty").write_text("\n \n")
     assert read_prompts(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_as_other_programs_write_them(encoding, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"text": "größer"}\r\n{"text": "two"}\r\n'.encode(encoding))
+    assert read_prompts(path) == ["größer", "two"]
+
+
+def test_prompts_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.jsonl").write_text('{"text": "one"}')
+    assert read_prompts(Path("~/prompts.jsonl")) == ["one"]
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 100_000, "[" * 100_000, '{"a": ' + "9" * 10_000 + "}"])
+def test_json_that_is_too_deep_or_too_long_is_named(text):
+    with pytest.raises(CorruptFileError, match=r"file\.json is no complete JSON"):
+        read_sealed_json(text, "file.json")
+
+
+def test_kinds_and_shapes_of_tensors_are_sealed(tmp_path):
+    """Each letter of the table of tensors: no other is read as if it were right."""
+    path = tmp_path / "tensors.safetensors"
+    save_tensors(path, {"a": torch.arange(4, dtype=torch.float64), "b": torch.zeros(2, 2)}, {"version": 1})
+    whole = path.read_bytes()
+    tensors, header = load_tensors(path)
+    table = whole.index(b'"a":')
+    for place in range(table, 8 + int.from_bytes(whole[:8], "little")):
+        for other in b"FI0123468,":
+            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+            try:
+                found, _ = load_tensors(path)
+            except CorruptFileError:
+                continue
+            assert {name: (t.dtype, t.tolist()) for name, t in found.items()} == {
+                name: (t.dtype, t.tolist()) for name, t in tensors.items()
+            }
+    assert header == {"version": 1}
 
 
 def test_null_is_no_number():

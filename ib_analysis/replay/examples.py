@@ -160,6 +160,10 @@ def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
 def _draft(
     prompt: Prompt | str | Tensor | Conversation, tokenizer: PreTrainedTokenizerBase | None, number: int, model: PreTrainedModel
 ) -> _Draft:
+    try:
+        "\n".join(_texts(prompt)).encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"prompt {number} is no valid Unicode, half an emoji say: {error}") from error
     if isinstance(prompt, Prompt):
         assert tokenizer is not None  # make_examples has looked for one
         context = list(tokenizer(prompt.context).input_ids) if prompt.context else []
@@ -189,6 +193,15 @@ def _draft(
     if tail == 0:
         raise CalibrationError(f"prompt {number} has {len(ids)} tokens: at least 8 are needed, hundreds are useful")
     return _Draft("text", ids[:-tail], [([], ids[-tail:])], False, [])
+
+
+def _texts(prompt: Prompt | str | Tensor | Conversation) -> list[str]:
+    """All that a tokenizer will read."""
+    if isinstance(prompt, Prompt):
+        return [prompt.context, *(part for turn in prompt.turns for part in turn)]
+    if isinstance(prompt, str):
+        return [prompt]
+    return [str(message.get("content")) for message in prompt] if _is_conversation(prompt) else []
 
 
 def _check(draft: _Draft, number: int, model: PreTrainedModel) -> None:

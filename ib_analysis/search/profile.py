@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ib_analysis.cache.key_bases import KeyBases
-from ib_analysis.cache.plan import HeadPlan, Plans
+from ib_analysis.cache.plan import MAX_LENGTH, HeadPlan, Plans
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
 from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.files import load_tensors, save_tensors
@@ -21,7 +21,7 @@ from ib_analysis.search.knapsack import Solution, solve
 from ib_analysis.search.price_law import PriceLaw, Table, price_law
 
 VERSION = 3
-TABLES = ("prompt_prices", "loss_bits", "error_bits", "measured_prompts")
+TABLES = {"prompt_prices": "float32", "loss_bits": "float64", "error_bits": "float64", "measured_prompts": "int64"}
 BASES = "bases."  # and the number of a layer: names of tensors that are no tables
 TINY_BITS = 1e-12
 PROMPTS_OF_LAW = 4  # that the law of heads and options is worth
@@ -178,28 +178,45 @@ class Profile:
         tensors, header = load_tensors(Path(path))
         if header.get("version") not in (1, 2, VERSION):
             raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: calibrate again")
-        spec = CacheSpec.from_json(header)
-        layers = tuple(tensors.pop(f"{BASES}{i}", None) for i in range(len(spec.shape.layers)))
-        if any(layer is not None for layer in layers):
-            spec = replace(spec, bases=KeyBases(layers))
-        tables = {name: tensor.numpy() for name, tensor in tensors.items()}
-        if header["version"] < VERSION:
-            tables = _older_tables(tables, header["priced" if header["version"] == 1 else "gradient_prompts"], header["prompts"])
-        return cls(
-            model=header["model"],
-            spec=spec,
-            context_length=header["context_length"],
-            prompts=header["prompts"],
-            settings=header["settings"],
-            options=tuple(map(HeadPlan.from_json, header["options"])),
-            **{name: tables[name] for name in TABLES},
-            checks={share: PriceCheck.from_json(check) for share, check in header.get("checks", [])},
-        )
+        try:
+            return cls(**_fields(tensors, header))
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise ProfileMismatchError(f"{path} has other contents than a profile ({error!r}): calibrate again") from error
+
+
+def _fields(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a profile. Raises ValueError if tables do not fit each other."""
+    spec = CacheSpec.from_json(header)
+    layers = tuple(tensors.pop(f"{BASES}{i}", None) for i in range(len(spec.shape.layers)))
+    if any(layer is not None for layer in layers):
+        spec = replace(spec, bases=KeyBases(layers))
+    tables = {name: tensor.numpy() for name, tensor in tensors.items()}
+    if header["version"] < VERSION:
+        tables = _older_tables(tables, header["priced" if header["version"] == 1 else "gradient_prompts"], header["prompts"])
+    options = tuple(map(HeadPlan.from_json, header["options"]))
+    size = len(spec.shape.heads), len(options)
+    for name, dtype in TABLES.items():
+        if tables[name].dtype != dtype or tables[name].shape[-2:] != size or tables[name].ndim != 2 + (name == "prompt_prices"):
+            raise ValueError(f"{name} is {tables[name].dtype} {tables[name].shape}, not {dtype} of {size} heads and options")
+    if not (0 < header["context_length"] <= MAX_LENGTH and len(tables["prompt_prices"]) <= header["prompts"]):
+        raise ValueError(f"{header['prompts']} prompts of {header['context_length']} tokens")
+    return {
+        "model": header["model"],
+        "spec": spec,
+        "context_length": header["context_length"],
+        "prompts": header["prompts"],
+        "settings": dict(header["settings"]),
+        "options": options,
+        **{name: tables[name] for name in TABLES},
+        "checks": {share: PriceCheck.from_json(check) for share, check in header.get("checks", [])},
+    }
 
 
 def _older_tables(tables: dict[str, NDArray[Any]], priced: int, prompts: int) -> dict[str, NDArray[Any]]:
     """Tables of version 1 and 2: means of prices, in which losses measured on all prompts had been written over prices."""
     means, measured = tables["loss_bits"], tables["measured"]
+    if means.dtype != np.float64 or measured.dtype != np.bool_:
+        raise ValueError(f"loss_bits are {means.dtype} and measured {measured.dtype}")
     return {
         "prompt_prices": np.repeat(means[None].astype(np.float32), priced, axis=0),
         "loss_bits": np.where(measured, means, np.nan),

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ib_analysis.cache.plan import HeadPlan
+from ib_analysis.cache.plan import MAX_LENGTH, HeadPlan, Plans
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.errors import CorruptFileError, ProfileMismatchError
 from ib_analysis.files import number_from_json, read_sealed_json, sealed_json, write_whole
@@ -52,14 +52,29 @@ def read_allocation(make: Callable[..., Made], source: str | Path) -> Made:
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
     content = {RENAMED.get(name, name): value for name, value in content.items()}
     spec = CacheSpec.from_json({name: content.pop(name) for name in SPEC if name in content})
+    plans = tuple(None if row is None else tuple(map(HeadPlan.from_json, row)) for row in content["plans"])
+    _check(spec, plans, content["context_length"], content["budget_share"])
     return {
         **content,
         **{name: number_from_json(content[name]) for name in NUMBERS},
         "spec": spec,
-        "plans": tuple(None if row is None else tuple(map(HeadPlan.from_json, row)) for row in content["plans"]),
+        "plans": plans,
         "validation": Measurement.from_json(content["validation"]),
         "budget_curve": tuple((share, number_from_json(loss)) for share, loss in content["budget_curve"]),
     }
+
+
+def _check(spec: CacheSpec, plans: Plans, context_length: int, budget_share: float) -> None:
+    """Raises ValueError for what no cache can be made of."""
+    if len(plans) != len(spec.shape.layers):
+        raise ValueError(f"there are plans for {len(plans)} layers of {len(spec.shape.layers)}")
+    for number, (row, layer) in enumerate(zip(plans, spec.shape.layers)):
+        if row is not None and (len(row) != layer.kv_heads or layer.sliding_window is not None):
+            raise ValueError(f"layer {number} has plans for {len(row)} heads, which do not fit its {layer}")
+    if not isinstance(context_length, int) or not 0 < context_length <= MAX_LENGTH:
+        raise ValueError(f"context_length is {context_length!r}")
+    if not 0 < budget_share <= 1:
+        raise ValueError(f"budget_share is {budget_share!r}")
 
 
 def _read_text(path: Path) -> str:

@@ -192,6 +192,16 @@ def test_empty_parts(embedded, prompt, said):
         make_examples(model, tokenizer, ["word " * 20, prompt])
 
 
+HALF = "half an emoji \ud83d " * 20
+
+
+@pytest.mark.parametrize("prompt", [HALF, Prompt("x", "a context", ((HALF, "answer"),)), [{"role": "user", "content": HALF}]])
+def test_what_is_no_valid_unicode_is_named(embedded, prompt):
+    model, tokenizer = embedded
+    with pytest.raises(CalibrationError, match="prompt 1 is no valid Unicode"):
+        make_examples(model, tokenizer, ["word " * 20, prompt])
+
+
 def test_empty_text(embedded):
     with pytest.raises(CalibrationError, match="prompt 0"):
         make_examples(embedded[0], embedded[1], [""])

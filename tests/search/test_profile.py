@@ -235,3 +235,47 @@ def test_another_version_is_refused_by_name(version, tmp_path):
     rewritten(path, version=version)
     with pytest.raises(ProfileMismatchError, match=rf"profile\.safetensors has format version {version}, not 3: calibrate again"):
         Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context_length": 10**12},
+        {"context_length": "long"},
+        {"prompts": -1},
+        {"options": []},
+        {"options": [{"format": "kivi", "tiers": [{"token_share": 0.5, "key_bits": 1, "value_bits": 4}]}]},
+        {"shape": 3},
+        {"scorer": "no such scorer"},
+        {"settings": None},
+        {"checks": [[0.5, {}]]},
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused_by_name(changes, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    small_profile().save(path)
+    rewritten(path, **changes)
+    with pytest.raises(ProfileMismatchError, match="other contents than a profile"):
+        Profile.load(path)
+
+
+def test_tables_that_do_not_fit_are_refused_by_name(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    small_profile().save(path)
+    tensors, header = load_tensors(path)
+    for name, tensor in tensors.items():
+        for other in (tensor.to(torch.int32), tensor[..., :-1], tensor[..., None], None):
+            changed = {**tensors, name: other} if other is not None else {key: tensors[key] for key in tensors if key != name}
+            save_tensors(path, {key: table.contiguous() for key, table in changed.items()}, header)
+            with pytest.raises(ProfileMismatchError, match="other contents than a profile"):
+                Profile.load(path)
+
+
+def test_a_file_of_an_older_version_with_another_kind_of_numbers_is_refused(profile_v1_path, tmp_path):
+    """These seal only the contents: one letter makes floats integers."""
+    whole = profile_v1_path.read_bytes()
+    assert b'"dtype":"F64"' in whole
+    path = tmp_path / "profile.safetensors"
+    path.write_bytes(whole.replace(b'"dtype":"F64"', b'"dtype":"I64"'))
+    with pytest.raises(ProfileMismatchError, match="other contents than a profile"):
+        Profile.load(path)

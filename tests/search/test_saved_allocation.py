@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_what_is_no_allocation(tmp_path):
 def test_json_with_other_fields(full):
     text = full.to_json()
     assert Allocation.from_json(sealed(text)) == full
-    for changes in (
+    others: list[dict[str, Any]] = [
         {"more": 1},
         {"dual_bound": "left out"},
         {"recent": {"sinks": 1}},
@@ -124,9 +125,42 @@ def test_json_with_other_fields(full):
         {"shape": "left out"},
         {"scorer": "left out"},
         {"scorer": {"name": "snapkv", "no such field": 1}},
-    ):
+        {"scorer": "no such scorer"},
+        {"recent": {"sinks": 1, "window": 10**12, "flush": 1}},
+        {"recent": {"sinks": 1, "window": 4, "flush": 0}},
+        {"context_length": 10**12},
+        {"context_length": 0},
+        {"budget_share": 0.0},
+        {"budget_share": 7},
+        {"plans": []},
+        {"plans": json.loads(text)["plans"][:-1]},
+    ]
+    for changes in others:
         with pytest.raises(ProfileMismatchError, match="other fields"):
             Allocation.from_json(sealed(text, **changes))
+
+
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        [{"token_share": 0.5, "key_bits": 1, "value_bits": 4}],
+        [{"token_share": 0.5, "key_bits": 4, "value_bits": 5}],
+        [{"token_share": -0.5, "key_bits": 4, "value_bits": 4}],
+        [{"token_share": 1.5, "key_bits": 4, "value_bits": 4}],
+        [{"token_share": 0.7, "key_bits": 4, "value_bits": 4}] * 2,
+        [{"token_share": "half", "key_bits": 4, "value_bits": 4}],
+    ],
+)
+def test_json_with_tiers_that_cannot_be_stored(tiers, allocation):
+    plans = json.loads(allocation.to_json())["plans"]
+    layer = next(i for i, row in enumerate(plans) if row)
+    for head in ({"format": "kivi", "tiers": tiers}, {"format": "no such format", "tiers": []}):
+        changed = [[head, *row[1:]] if i == layer else row for i, row in enumerate(plans)]
+        with pytest.raises(ProfileMismatchError, match="other fields"):
+            Allocation.from_json(sealed(allocation.to_json(), plans=changed))
+    fewer = [row[1:] if i == layer else row for i, row in enumerate(plans)]
+    with pytest.raises(ProfileMismatchError, match=f"layer {layer} has plans for"):
+        Allocation.from_json(sealed(allocation.to_json(), plans=fewer))
 
 
 def test_nan_in_json(full):
