@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import LEVEL
-from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
+from ib_analysis.estimators.estimate import NOT_CONVERGED, ONE_SIDED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
 from ib_analysis.estimators.samples import Array, check_samples, standardized
 
 Floats: TypeAlias = "NDArray[np.float64]"
@@ -25,6 +25,7 @@ Counts: TypeAlias = "NDArray[np.int64]"
 PARTS = 8  # disjoint parts of the documents, from which the interval comes
 TREE_DIMENSIONS = 6  # of x and y together; in more, a tree is slower than looking at all pairs
 ROWS = 16  # of the distance matrix at once: small enough for the processor's cache
+UNSEEN_SHARE = 0.5  # of the samples: where the median sample has more within its radius on one side, that side is not seen
 MIN_SQUARED_RADIUS = 1e-12  # of standardised samples; rounding blurs smaller ones
 
 
@@ -34,7 +35,8 @@ class KSG:
 
     psi(k) + psi(N) - E[psi(n_x + 1) + psi(n_y + 1)], where n counts samples nearer than the k-th neighbour. It cannot exceed
     psi(N) - psi(k), and is biased towards 0 in more than a few dimensions: a cross-check there. Time grows as N^2 in more
-    than 6 dimensions. Columns are standardised first. The interval comes from disjoint parts of the documents, drawn without
+    than 6 dimensions. Columns are standardised first; where one side has many dimensions and the other few, or one far outlier,
+    its distances decide alone, and a flag says so. The interval comes from disjoint parts of the documents, drawn without
     replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
     """
 
@@ -54,32 +56,46 @@ class KSG:
             raise EstimatorError(f"{samples.count} samples are too few: each of {PARTS} parts needs more than {self.neighbours}")
         heads = zip(*(standardized(values).reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y)))
         values = np.array([self._estimate_head(head_x, head_y, parts) for head_x, head_y in heads])
-        bits, halves, quarters, error = torch.as_tensor(values.T / log(2)).reshape(4, *shape)
+        *nats, largest = torch.as_tensor(values.T).reshape(5, *shape)
+        bits, halves, quarters, error = (value / log(2) for value in nats)
         width = error * float(stdtrit(PARTS - 1, (1 + LEVEL) / 2))
         ceiling = float(digamma(samples.count) - digamma(self.neighbours)) / log(2)
-        flags = {SATURATED: bits > SATURATED_SHARE * ceiling, NOT_CONVERGED: drifts(bits, halves, quarters, error)}
+        flags = {
+            SATURATED: bits > SATURATED_SHARE * ceiling,
+            NOT_CONVERGED: drifts(bits, halves, quarters, error),
+            ONE_SIDED: largest > UNSEEN_SHARE,
+        }
         return limited(samples, bits, bits - width, bits + width, flags)
 
-    def _estimate_head(self, x: Tensor, y: Tensor, parts: list[NDArray[np.int64]]) -> tuple[float, float, float, float]:
-        """Nats of all samples, means over halves and over quarters, and the standard error."""
+    def _estimate_head(self, x: Tensor, y: Tensor, parts: list[NDArray[np.int64]]) -> tuple[float, float, float, float, float]:
+        """Nats of all samples, means over halves and over quarters, the standard error, and on the side where it is larger the
+        median share of samples within the radius."""
         eighths, quarters, halves = (
             [information_nats(x[rows], y[rows], self.neighbours) for rows in _joined(parts, size)] for size in (1, 2, 4)
         )
         error = float(np.std(eighths, ddof=1)) / PARTS**0.5
-        return information_nats(x, y, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error
+        near = _counts(x, y, self.neighbours)
+        largest = max(float(np.median(side)) for side in near) / len(x)
+        return _nats(*near, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error, largest
 
 
 def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
     """The estimate from standardised x [N, dx] and y [N, dy]."""
+    return _nats(*_counts(x, y, neighbours), neighbours)
+
+
+def _nats(near_x: Counts, near_y: Counts, neighbours: int) -> float:
+    return float(digamma(neighbours) + digamma(len(near_x)) - np.mean(digamma(near_x) + digamma(near_y)))
+
+
+def _counts(x: Tensor, y: Tensor, neighbours: int) -> tuple[Counts, Counts]:
+    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each, in any order."""
     if x.shape[-1] + y.shape[-1] <= TREE_DIMENSIONS:
-        near_x, near_y = _counts_by_trees(x.cpu().numpy(), y.cpu().numpy(), neighbours)
-    else:
-        near_x, near_y = _counts_by_pairs(x, y, neighbours)
-    return float(digamma(neighbours) + digamma(len(x)) - np.mean(digamma(near_x) + digamma(near_y)))
+        return _counts_by_trees(x.cpu().numpy(), y.cpu().numpy(), neighbours)
+    return _counts_by_pairs(x, y, neighbours)
 
 
 def _counts_by_trees(x: Floats, y: Floats, neighbours: int) -> tuple[Counts, Counts]:
-    """How many samples, itself included, lie nearer in x, and in y, than the k-th neighbour of each: [N] each, in any order."""
     radius = np.sqrt(_squared_radii(x, y, neighbours))
     _check_radius(float(radius.min()) ** 2, neighbours)
     radius = radius * (1 - 1e-9)  # or rounding would count the neighbour at the very radius
@@ -119,7 +135,7 @@ def _nearer(values: Floats, radius: Floats) -> Counts:
 
 
 def _counts_by_pairs(x: Tensor, y: Tensor, neighbours: int) -> tuple[Counts, Counts]:
-    """The same from the distances of all pairs."""
+    """From the distances of all pairs."""
     count = len(x)
     groups = int((count * (neighbours + 1)) ** 0.5)
     width = -(-count // groups) * groups

@@ -24,6 +24,13 @@ class Budget:
     context_length: int | None = None  # of "bytes": the context length at which the cache takes them
     token_bits: float | None = None  # of "tokens": the precision of one element
 
+    def __post_init__(self) -> None:
+        if self.unit not in ("share", "bits", "bytes", "tokens"):
+            raise _error("a budget's unit is share, bits, bytes or tokens", self.unit)
+        needs = {"bytes": self.context_length, "tokens": self.token_bits}
+        if needs.get(self.unit, 1) is None or not 0 < self.amount < math.inf:
+            raise _error("a budget has an amount above 0, in bytes a context_length, in tokens token_bits", self)
+
     @classmethod
     def share(cls, share: float) -> "Budget":
         """A share of the full 16-bit cache, in (0, 1]."""

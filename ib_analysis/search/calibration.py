@@ -48,6 +48,7 @@ def calibrate(
     and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
     """
+    seed = int(seed)  # NumPy's integers are no seeds to PyTorch
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
     if path is not None and path.exists():
         found = Profile.load(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -106,6 +107,7 @@ class Workbench:
         return found or profile.solve_at_all_lengths(limit, profile.solve)
 
 
+@torch.inference_mode(False)  # where the caller has it on, nothing could be differentiated
 def optimal_allocation(
     model: PreTrainedModel,
     budget: Budget | float,

@@ -9,7 +9,7 @@ from scipy.special import digamma
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import KSG
-from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED
+from ib_analysis.estimators.estimate import NOT_CONVERGED, ONE_SIDED, SATURATED
 from ib_analysis.estimators.known_information import KNOWN_TASKS, normal, quantized_gaussian, sparse
 from ib_analysis.estimators.ksg import information_nats
 from ib_analysis.estimators.samples import standardized
@@ -142,3 +142,30 @@ def test_too_few_for_an_interval_are_refused():
 def test_neighbours_that_cannot_be_counted_are_refused(neighbours):
     with pytest.raises(EstimatorError, match="whole number, at least 1"):
         KSG(neighbours=neighbours)
+
+
+@pytest.mark.parametrize("dim", [8, 32, 128])
+def test_a_side_of_many_dimensions_hides_one_of_few(dim):
+    """3.3 bits of information, an estimate near 0 with an interval of no width: it says so."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1000, dim))
+    assert ONE_SIDED in KSG().estimate(x, x[:, :1] + 0.1 * generator.standard_normal((1000, 1))).flags
+    both = KSG().estimate(x, 0.5 * x + generator.standard_normal((1000, dim)))
+    assert ONE_SIDED not in both.flags
+
+
+def test_a_far_outlier_hides_its_side():
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1000, 1))
+    y = 0.9 * x + 0.19**0.5 * generator.standard_normal((1000, 1))
+    assert ONE_SIDED not in KSG().estimate(x, y).flags
+    x[0] = 1e6
+    assert ONE_SIDED in KSG().estimate(x, y).flags
+
+
+def test_a_label_hides_behind_a_latent_of_many_dimensions():
+    generator = np.random.default_rng(0)
+    label = generator.integers(0, 2, 1000)
+    x = generator.standard_normal((1000, 100))
+    x[:, 0] += 2 * label
+    assert ONE_SIDED in KSG().estimate(x, label[:, None].astype(float)).flags

@@ -1,7 +1,9 @@
 """Budgets: every unit, and every refusal."""
 
+import math
 from contextlib import suppress
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,3 +201,12 @@ def test_bad_command_lines(text: str) -> None:
 def test_command_line_gives_a_budget_or_a_budget_error(text: str) -> None:
     with suppress(BudgetError):
         assert isinstance(parse_budget(text), Budget)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [("foo", 0.5), ("share", math.nan), ("share", 0), ("bits", math.inf), ("bytes", 100), ("tokens", 100), ("bytes", 0, 10)],
+)
+def test_a_budget_by_hand_is_whole_or_refused(fields: tuple[Any, ...]) -> None:
+    with pytest.raises(BudgetError):
+        Budget(*fields)

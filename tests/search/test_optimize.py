@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,12 +235,23 @@ def test_whole_budget_is_the_full_cache(embedded):
         assert torch.equal(model(ids, **cache_argument(model, allocation.cache(model))).logits, expected)
 
 
-def test_same_seed_same_allocation(small_llama, small_prompts):
-    found = []
-    for seed in (3, 3, 4):
+def test_same_seed_same_allocation(small_llama, small_prompts, tmp_path):
+    found: list[Allocation] = []
+    seeds: tuple[Any, ...] = (3, np.int64(3), 4)
+    for number, seed in enumerate(seeds):
+        path = tmp_path / f"{number}.safetensors"  # the seed is written there
         with pytest.warns(UserWarning, match="prompts calibrate"):
-            found.append(optimal_allocation(small_llama, 1 / 4, prompts=small_prompts, seed=seed))
+            found.append(optimal_allocation(small_llama, 1 / 4, prompts=small_prompts, seed=seed, profile_path=path))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts calibrate")
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_callers_without_gradients(mode, small_llama, small_prompts):
+    plain = optimal_allocation(small_llama, 1 / 4, prompts=small_prompts)
+    with mode():
+        assert optimal_allocation(small_llama, 1 / 4, prompts=small_prompts) == plain
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts calibrate")
