@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
 from ib_kernels.backends import pick_backend
+from ib_kernels.formats.format import FP16_MAX
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
 from ib_analysis.cache.masks import MaskCheck, check_dtype, only_in_front, valid_tokens
 from ib_analysis.cache.plan import HeadPlan, Recent
-from ib_analysis.cache.tiers import ranks
+from ib_analysis.cache.tiers import ranks, tier_rows
 from ib_analysis.scorers import Scorer
 
 QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they bound the memory of a long follow-up
@@ -87,6 +88,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
         new_keys, new_values = self.new
         del self.new
+        _check_range(module, new_keys, new_values)
         if self.keys is None:
             if mask is not None:
                 check_dtype(mask)
@@ -260,7 +262,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         for i, (form, tiers) in enumerate(self.forms):
             heads = torch.tensor([h for h, _ in tiers], device=self.device)
             begin, end = (torch.tensor(np.stack([edges[h][t + n] for h, t in tiers], 1)) for n in (0, 1))  # [B, tiers]
-            rows = _taken(rank, heads, begin.to(self.device), end.to(self.device))
+            rows = tier_rows(rank, heads, begin.to(self.device), end.to(self.device))
             lengths = (end - begin).flatten().to(self.device, torch.int32)
             if self.packed:
                 self.packed[i].append(keys.flatten(0, 2)[rows], values.flatten(0, 2)[rows], lengths)
@@ -365,6 +367,16 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             self.schedule = None
 
 
+def _check_range(module: nn.Module, keys: Tensor, values: Tensor) -> None:
+    """Raises ValueError for numbers of 32 or 64 bits that float16, in which they are kept, turns into infinities."""
+    for name, x in (("key", keys), ("value", values)):
+        if x.dtype in (torch.float32, torch.float64) and float(largest := x.abs().amax()) > FP16_MAX:
+            raise ValueError(
+                f"layer {getattr(module, 'layer_idx', '?')} has a {name} of {float(largest):.4g}, more than float16 holds "
+                f"({FP16_MAX:.0f}): load the model with dtype=torch.bfloat16"
+            )
+
+
 def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
     """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
     forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
@@ -375,17 +387,6 @@ def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]
             forms.setdefault((form, seen[form]), []).append((h, t))
             seen[form] += 1
     return [(form, tiers) for (form, _), tiers in forms.items()]
-
-
-def _taken(rank: Tensor, heads: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """Rows (b * H_kv + h) * T + t of tokens with begin <= rank < end, run after run: int64 [N].
-
-    rank is [B, H_kv, T], begin and end are [B, tiers] for the tiers of `heads` [tiers].
-    """
-    of_tier = rank[:, heads]  # [B, tiers, T]
-    taken = (of_tier >= begin[..., None]) & (of_tier < end[..., None])
-    sequence, tier, token = taken.nonzero().unbind(1)
-    return (sequence * rank.shape[1] + heads[tier]) * rank.shape[2] + token
 
 
 def _readable(x: Tensor) -> Tensor:

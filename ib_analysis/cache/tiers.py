@@ -58,3 +58,14 @@ def ranks(scores: Tensor, ranked: Tensor) -> Tensor:
 def taken(ranks: Tensor, begin: int, end: int) -> Tensor:
     """Positions of the tokens ranked from `begin` to before `end`, in order: int64 [..., end - begin] of ranks [..., T]."""
     return ((ranks >= begin) & (ranks < end)).nonzero()[:, -1].reshape(*ranks.shape[:-1], end - begin)
+
+
+def tier_rows(rank: Tensor, heads: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Rows (b * H_kv + h) * T + t of tokens with begin <= rank < end, run after run: int64 [N].
+
+    rank is [B, H_kv, T], begin and end are [B, tiers] for the tiers of `heads` [tiers].
+    """
+    of_tier = rank[:, heads]  # [B, tiers, T]
+    inside = (of_tier >= begin[..., None]) & (of_tier < end[..., None])
+    sequence, tier, token = inside.nonzero().unbind(1)
+    return (sequence * rank.shape[1] + heads[tier]) * rank.shape[2] + token

@@ -19,7 +19,7 @@ class Scorer(Protocol):
         """Scores fp32 [B, H_kv, T] of the tokens; the tokens with the highest scores are kept.
 
         module is the attention layer; query [B, H, M, D] are rotated queries of the last M positions; keys and values
-        [B, H_kv, T, D]; valid bool [B, T] is false at padding; scaling is the factor of the logits.
+        [B, H_kv, T, D]; valid bool [B, T] is false at padding, which is in front; scaling is the factor of the logits.
         """
         ...
 

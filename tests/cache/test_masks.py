@@ -226,6 +226,22 @@ def test_assisted_generation_is_refused_before_the_first_token(more, model):
         model.generate(ids, **cache_argument(model, cache), max_new_tokens=8, do_sample=False, **more)
 
 
+@pytest.mark.parametrize(("side", "name"), [("k_proj", "key"), ("v_proj", "value")])
+def test_numbers_that_16_bits_do_not_hold_are_named(side, name):
+    """They became NaN logits."""
+    model = small_model("llama")
+    use_attention(model)
+    getattr(model.model.layers[1].self_attn, side).weight.data.mul_(1e6)
+    spec = spec_of(model, RECENT)
+    ids, _ = padded_batch(1)
+    with pytest.raises(ValueError, match=rf"layer 1 has a {name} of .* more than float16 holds \(65504\)"):
+        step(model, CompressedCache(spec, compressing_plans(spec)), ids)
+    half = model.to(torch.bfloat16)
+    cache = CompressedCache(spec, spec.uniform(RAW))
+    step(half, cache, ids)
+    assert bool(step(half, cache, ids[:, :1]).isfinite().all())
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_model_with_a_window_as_long_as_its_positions(batch):
     """It generates as with the full cache: transformers' masks hide nothing there."""
