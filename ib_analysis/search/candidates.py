@@ -25,13 +25,13 @@ def head_options(formats: Sequence[str]) -> list[HeadPlan]:
 
 def dominates(better: HeadPlan, worse: HeadPlan) -> bool:
     """Whether `better` has everything that `worse` has: the same format, no smaller tier anywhere."""
-    if not worse.tiers:
-        return True
+    if not worse.tiers or not better.tiers:
+        return not worse.tiers
     if better.format != worse.format and any((t.key_bits, t.value_bits) != FULL for t in worse.tiers):
         return False
     if len(better.tiers) < len(worse.tiers):
         share, bits = worse.kept_share, max(max(t.key_bits, t.value_bits) for t in worse.tiers)
-        tier = better.tiers[0] if better.tiers else Tier(0.0, 0, 0)
+        tier = better.tiers[0]
         return tier.token_share >= share and min(tier.key_bits, tier.value_bits) >= bits
     return all(
         a.token_share >= b.token_share and a.key_bits >= b.key_bits and a.value_bits >= b.value_bits
