@@ -31,7 +31,7 @@ class CompressedCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=layer.sliding_window))
             else:
                 bases = spec.layer_bases(i, heads or ())
-                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, bases, masks))
+                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, masks, bases))
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

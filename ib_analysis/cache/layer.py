@@ -35,16 +35,10 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     is_croppable = False  # only what is in the window can go, so assisted generation is refused before it begins
 
     def __init__(
-        self,
-        plans: tuple[HeadPlan, ...],
-        recent: Recent,
-        scorer: Scorer,
-        bases: Bases | None = None,
-        masks: MaskCheck | None = None,
+        self, plans: tuple[HeadPlan, ...], recent: Recent, scorer: Scorer, masks: MaskCheck, bases: Bases | None = None
     ) -> None:
         super().__init__()
-        self.plans, self.recent, self.scorer, self.bases = plans, recent, scorer, bases
-        self.masks = masks or MaskCheck()
+        self.plans, self.recent, self.scorer, self.masks, self.bases = plans, recent, scorer, masks, bases
         self.forms = _forms(plans)
         self._clear()
 

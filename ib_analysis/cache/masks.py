@@ -13,14 +13,15 @@ class MaskCheck:
     """Of the layers of one cache, which see the same masks: each mask is read once, because reading waits for a GPU."""
 
     def __init__(self) -> None:
-        self._passed: Callable[[], Tensor | None] = lambda: None
+        self._passed: tuple[Callable[[], Tensor | None], int] = (lambda: None), 0  # the last mask, for so many tokens
 
     def check(self, mask: Tensor, tokens: int, start: int, padding: Sequence[int]) -> None:
         """Raises ValueError unless every query sees all positions before `start` but so many of each sequence, its padding.
 
         mask is bool [B or 1, 1, M, T], with T = `tokens`. What padded queries see does not matter.
         """
-        if mask is self._passed():
+        passed, of_tokens = self._passed
+        if mask is passed() and tokens == of_tokens:
             return
         check_dtype(mask)
         if mask.shape[-1] != tokens:
@@ -32,7 +33,7 @@ class MaskCheck:
         if bool(wrong.any()):
             sequence, row = wrong.nonzero()[0].tolist()
             raise ValueError(_disagreement(sees[sequence, row, :start], sequence, older + row, padding[sequence]))
-        self._passed = ref(mask)
+        self._passed = ref(mask), tokens
 
 
 def check_dtype(mask: Tensor) -> None:

@@ -340,8 +340,11 @@ def _candidates(profile: Profile, limit: ByteLimit, solution: Solution, objectiv
     """
     if objective != USABLE:
         return {profile.plans(solution.choice): f"optimal by {objective}"}
-    cells = [cell for policy in POLICIES.values() for cell in policy(profile.spec, limit)]
-    return {profile.plans(solution.choice): "optimal"} | {cell.plans: f"{cell.family}, {cell.setting}" for cell in cells}
+    found = {profile.plans(solution.choice): "optimal"}
+    for policy in POLICIES.values():
+        for cell in policy(profile.spec, limit):
+            found.setdefault(cell.plans, f"{cell.family}, {cell.setting}")
+    return found
 
 
 def _decide(validation: Replays, grids: Sequence[Sequence[Plans]]) -> list[int]:

@@ -12,6 +12,7 @@ from ib_analysis.cache.attention import cache_argument, causal_mask, full_attent
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.layer import CompressedLayer
+from ib_analysis.cache.masks import MaskCheck
 from ib_analysis.cache.plan import RAW, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
@@ -353,7 +354,7 @@ def test_padding_that_comes_after_a_short_first_block_is_not_seen():
     torch.manual_seed(0)
     attended = torch.nn.Module()
     vars(attended).update(num_key_value_groups=1, is_causal=True)
-    layer = CompressedLayer((RAW,), Recent(2, 8, 7), SCORERS["value_aware"])
+    layer = CompressedLayer((RAW,), Recent(2, 8, 7), SCORERS["value_aware"], MaskCheck())
     keys, values, seen = torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), torch.zeros(1, 0, dtype=torch.bool)
     for length, pads in ((1, 0), (13, 6), (5, 0)):
         query, *new = torch.randn(3, 1, 1, length, 16).half().float()

@@ -15,7 +15,7 @@ from ib_analysis.cache.attention import cache_argument
 from ib_analysis.errors import BudgetError, CalibrationError, UnknownNameError, UnsupportedModelError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.experiments.heads import information
-from ib_analysis.policies import POLICIES
+from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.measurement import best_plans, sample_plans
 from ib_analysis.replay.replays import Replays
@@ -78,6 +78,15 @@ def test_a_real_cache_holds_these_bytes(share, allocations, embedded):
         model(ids, **cache_argument(model, cache))
     assert cache.nbytes == allocation.nbytes(LENGTH)
     assert cache.nbytes <= share * allocation.spec.shape.bytes_per_token * LENGTH
+
+
+def test_the_solver_s_plans_keep_their_name_where_a_policy_has_them_too(bench, monkeypatch):
+    monkeypatch.setattr("ib_analysis.search.optimize.POLICIES", {})
+    alone = allocate(bench, 1 / 4)
+    cell = Cell(alone.plans, "family", "setting")
+    monkeypatch.setattr("ib_analysis.search.optimize.POLICIES", {"same": lambda spec, limit: [cell]})
+    found = allocate(bench, 1 / 4)
+    assert found.plans == alone.plans and found.source == alone.source == "optimal"
 
 
 @pytest.mark.parametrize("share", SHARES)
