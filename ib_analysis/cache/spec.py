@@ -18,7 +18,9 @@ from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.model.shape import CacheShape, LayerShape
 from ib_analysis.scorers import Scorer, get_scorer, scorer_to_json
 
-LONGEST = 8  # budgets are checked up to this many times the context length; beyond, fixed costs are an ever smaller share
+# Budgets are checked up to so many times the context length, and so many tokens beyond it; then fixed costs are a smaller share.
+LONGEST, BEYOND = 8, 2**20
+BLOCK = 2**16  # lengths that are tried at once
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ class ByteLimit:
         """Bytes at the context length for all tokens but sinks and window."""
         return self.nbytes - self.spec.recent_bytes(self.context_length)
 
+    @property
+    def longest(self) -> int:
+        """The length up to which the budget is checked."""
+        return min(LONGEST * self.context_length, self.context_length + BEYOND)
+
     def lowered(self, nbytes: int) -> ByteLimit:
         """Less by so many bytes, but not below sinks and window, which stay within the share."""
         return replace(self, lowered_bytes=self.lowered_bytes + min(nbytes, max(0, self.spare)))
@@ -152,19 +159,22 @@ class ByteLimit:
         """
         # The cache grows faster than the budget until tokens leave the window: only the lengths just before that matter.
         recent, length = self.spec.recent, self.context_length
-        lengths = np.arange(recent.before_leaving(length), LONGEST * length + recent.flush, recent.flush)
+        lengths = np.arange(recent.before_leaving(length), self.longest + recent.flush, recent.flush)
         return max(0, int(np.ceil(self._over(plans, lengths).max())))
 
     def minimum_context(self, plans: Plans) -> int:
-        """The shortest length from which on the cache stays within the share, checked up to eight times the context length.
+        """The shortest length from which on the cache stays within the share, checked up to `longest`.
 
         Raises BudgetError if the cache does not fit even there.
         """
-        lengths = np.arange(1, LONGEST * self.context_length + 1)
-        over = np.flatnonzero(self._over(plans, lengths) > 0)
-        if len(over) and over[-1] == len(lengths) - 1:
-            raise BudgetError(f"the plans exceed {self.share:.4g} of the full cache even at {len(lengths)} tokens")
-        return int(lengths[over[-1]]) + 1 if len(over) else 1
+        for end in range(self.longest, 0, -BLOCK):
+            lengths = np.arange(end, max(0, end - BLOCK), -1)
+            over = lengths[self._over(plans, lengths) > 0]
+            if len(over) and over[0] == self.longest:
+                raise BudgetError(f"the plans exceed {self.share:.4g} of the full cache even at {over[0]} tokens")
+            if len(over):
+                return int(over[0]) + 1
+        return 1
 
     def check(self) -> None:
         """Raises BudgetError, with the minimum, if not even sinks and window fit from the context length on."""

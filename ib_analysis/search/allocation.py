@@ -34,7 +34,7 @@ class Allocation:
     model: str  # fingerprint of the model's config
     spec: CacheSpec
     plans: Plans
-    context_length: int  # of the prompts that it was calibrated on, or at which a budget in bytes was to hold if that is shorter
+    context_length: int  # of the prompts that it was calibrated on, or at which a budget in bytes was to hold
     budget_share: float  # of the full 16-bit cache
     source: str  # how the plans were found
     loss_sum_bits: float  # over heads: by the "usable" objective the losses of compressing each of them alone

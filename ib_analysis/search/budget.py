@@ -10,6 +10,7 @@ from typing import Literal
 from ib_analysis.errors import BudgetError
 
 FULL_BITS = 16
+MAX_CONTEXT = 2**24  # tokens; plans are checked at every length
 _BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NUMBER = r"(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
 _CONSTRUCTORS = 'Budget.share(1/8), Budget.bits(2), Budget.bytes("64MiB", context=8192) or Budget.tokens(512, bits=4)'
@@ -46,7 +47,10 @@ class Budget:
         """Bytes of one sequence's cache at `context` tokens: an integer, or a string as "64MiB", "1.5GB", "300kB"."""
         size_bytes = _parse_size(size) if isinstance(size, str) else size
         amount = _count(size_bytes, 'Budget.bytes takes at least one byte, as 2**26, "64MiB" or "1.5GB"', given=size)
-        length = _count(context, "Budget.bytes takes a context of at least one token")
+        allowed = f"Budget.bytes takes a context of 1 to {MAX_CONTEXT:,} tokens"
+        length = _count(context, allowed)
+        if length > MAX_CONTEXT:
+            raise _error(allowed, context)
         return cls("bytes", amount, context_length=length)
 
     @classmethod

@@ -128,7 +128,7 @@ def optimal_allocation(
     Args:
         model: a decoder with transformers' attention interface; measure in float32 if you can.
         budget: a share of the 16-bit cache in (0, 1], or a `Budget`. Every byte counts, metadata included. It holds from the
-            median length of the prompts on, or, if it is in bytes at a shorter context, from that.
+            median length of the prompts on, or, if it is in bytes, from the context length that it is named for.
         prompts: texts, 1-D tensors of token ids, conversations (lists of messages, for a tokenizer with a chat template), or
             `Prompt`s; a third of them decide, the others calibrate. By default 96 of the package's own.
         tokenizer: for prompts that are no token ids; by default the one saved with the model.
@@ -139,8 +139,8 @@ def optimal_allocation(
             not know what the model does with a cache: `ib-analysis objectives` shows what that costs. No policy stands in for
             them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
-        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
-            if prompts, scorer, sinks and window (which the budget decides) are the same.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again if prompts,
+            scorer and seed are the same, for this budget and larger ones: it keeps the sinks and window that it was made with.
         minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
             of them on a sample of heads, measurement of the options that could change the choice if the check fails, a decision
             on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
@@ -239,13 +239,14 @@ def prepare(
 ) -> Workbench:
     """Calibrates for budgets from `smallest_share` up. A third of the examples is kept for decisions.
 
-    Budgets hold from the median length of the prompts on, or from `context_length` if that is shorter. A clock may cut this and
-    what is allocated later short.
+    Budgets hold from `context_length` on, by default the median length of the prompts. A clock may cut this and what is allocated
+    later short.
     """
     deciding, calibrating = list(examples[2::3]), [example for i, example in enumerate(examples) if i % 3 != 2]
-    length = median_length(calibrating)
-    length = length if context_length is None else min(length, context_length)
-    spec = CacheSpec(cache_shape(model.config), Recent.within(smallest_share, length), get_scorer(scorer))
+    prompt_length = median_length(calibrating)
+    length = prompt_length if context_length is None else context_length
+    recent = Recent.within(smallest_share, min(prompt_length, length))  # small beside the prompts, or little is left to measure
+    spec = CacheSpec(cache_shape(model.config), recent, get_scorer(scorer))
     ByteLimit(spec, smallest_share, length).check()
     check_lengths(examples, spec.recent)
     if not deciding:

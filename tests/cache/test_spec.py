@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ib_kernels import FORMATS, tokens_nbytes
 
+import ib_analysis.cache.spec as ib_spec
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import EVICTED, RAW, HeadPlan, Recent, Tier
@@ -167,6 +168,9 @@ def test_minimum_context_is_the_first_length_from_which_on_all_fit(limit, plans)
         return
     expected = next(length for length in reversed(lengths) if length == 1 or not fits[length - 2])
     assert limit.minimum_context(plans) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ib_spec, "BLOCK", 7)
+        assert limit.minimum_context(plans) == expected
     if limit.excess(plans) == 0:
         assert expected <= limit.context_length
 

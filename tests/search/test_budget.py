@@ -183,6 +183,12 @@ def test_bad_tokens_and_contexts(value: int) -> None:
         Budget.tokens(1, bits=4).as_share(1, value)
 
 
+def test_a_context_that_no_plan_could_be_checked_at() -> None:
+    Budget.bytes("64MiB", context=2**24)
+    with pytest.raises(BudgetError, match="16,777,216 tokens, not 16777217"):
+        Budget.bytes("64MiB", context=2**24 + 1)
+
+
 @pytest.mark.parametrize("value", NOT_A_SIZE, ids=repr)
 def test_bad_sizes(value: int | str) -> None:
     with pytest.raises(BudgetError) as error:
