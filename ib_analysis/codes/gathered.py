@@ -157,7 +157,7 @@ def gather(
     """
     found: dict[TierSide, Gathered] = {}
     order = sorted(sides, key=lambda side: (side.side, side.token_shares))  # tokens are looked up once for all precisions
-    for replay in tqdm(replays, desc=show, disable=not show, leave=False):
+    for replay in tqdm(replays, desc=show, leave=False) if show else replays:
         context = _Context(replay)
         for side in order:
             x = context.rows(side, sides[side])

@@ -159,7 +159,8 @@ def best_plans(replays: Replays, grids: Sequence[Sequence[Plans]], show: str = "
         to_beat[some] = np.maximum(to_beat[some], losses[leader] * (1 + ROUNDING))
     racing = np.setdiff1d(np.flatnonzero(losses <= to_beat), leaders)
     hardest = few + np.argsort(-(leading[few:] / leading.mean(0).clip(float_info.min)).sum(1), kind="stable")
-    for begin in tqdm(range(0, len(hardest), replays.at_once), desc=show, disable=not show, leave=False):
+    rounds = range(0, len(hardest), replays.at_once)
+    for begin in tqdm(rounds, desc=show, leave=False) if show else rounds:
         if len(racing) == 0:
             break
         numbers = hardest[begin : begin + replays.at_once].tolist()

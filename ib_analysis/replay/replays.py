@@ -56,7 +56,7 @@ class Replays:
         # Borrowed here, because threads share the model; closed, because they must have ended before it is given back.
         found = in_order(function, numbers, self.at_once)
         with borrowed(self.model), closing(found) as results:
-            for result in tqdm(results, desc=show, total=len(numbers), disable=not show, leave=False):
+            for result in tqdm(results, desc=show, total=len(numbers), leave=False) if show else results:
                 if input_device(self.model).type == "cpu":
                     give_back_freed()
                 yield result

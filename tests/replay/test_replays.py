@@ -1,5 +1,8 @@
 """Many examples: in their order, as each of them alone, whether kept or computed again, one or several at a time."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -83,3 +86,27 @@ def test_no_gradient_is_kept(replays, tried):
     with torch.enable_grad():
         assert not replays[0].measure(tried)[0].requires_grad
     assert not replays[0].full_log_probs.requires_grad
+
+
+MEASURED = """
+import ib_analysis as ib
+from ib_analysis.cache.plan import Recent
+from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.shape import cache_shape
+from ib_analysis.replay.examples import make_examples
+from ib_analysis.replay.replays import Replays
+
+model, tokenizer = ib.load()
+spec = CacheSpec(cache_shape(model.config), Recent(1, 2, 1), ib.scorers.get_scorer("value_aware"))
+Replays(model, spec, make_examples(model, tokenizer, ["one two three four five six seven"] * 3)).measure([spec.null_plans], {show!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("show", "disabled", "seen"), [("heads", "", True), ("heads", "1", False), ("", "", False)])
+def test_bars_are_named_and_can_be_turned_off(show, disabled, seen):
+    """In a process of its own, because tqdm reads TQDM_DISABLE when it is imported."""
+    environment = os.environ | {"TQDM_DISABLE": disabled}
+    command = [sys.executable, "-c", MEASURED.format(show=show)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("heads: " in found.stderr) == seen
