@@ -17,7 +17,7 @@ BITS = (2, 3, 4, 8)
 FULL = (RAW_BITS, RAW_BITS)
 SLACK = 1e-9  # of shares, which are rounded
 MAX_LENGTH = 2**31 - 1  # of a context, in tokens
-WINDOW_SHARE = 1 / 8  # of a budget that sinks and window may take (docs/cost.md: what others lose)
+WINDOW_SHARE = 1 / 4  # of a budget that sinks and window may take
 MAX_SINKS, MAX_WINDOW, MAX_FLUSH = 4, 32, 16
 
 
@@ -124,7 +124,7 @@ class Recent:
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:
-        """At most an eighth of a budget, at most 4 and 32 tokens; at least one token each."""
+        """At most a quarter of a budget, at most 4 and 32 tokens; at least one token each."""
         tokens = int(WINDOW_SHARE * share * context_length)
         sinks = min(MAX_SINKS, max(1, tokens // 4))
         flush = min(MAX_FLUSH, max(1, tokens // 4))
