@@ -42,11 +42,10 @@ def calibrate(
 ) -> Profile:
     """A profile with prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
-    `settings` say how the prompts were made; a file with other settings or another scorer is overwritten, as is one with more
-    tokens at 16 bits, or with options that are not used here, of a format without kernels on a GPU. One with fewer tokens at 16
-    bits, made for a smaller budget, is used as it is. A clock may cut it short: then prices are those of the prompts so far, at
-    least one. Bases of keys, and a learned scorer without weights, are fitted first, and in the profile's spec and that of
-    `replays` from then on.
+    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten, as is one with
+    options that are not used here, of a format without kernels on a GPU. A clock may cut it short: then prices are those of the
+    prompts so far, at least one. Bases of keys, and a learned scorer without weights, are fitted first, and in the profile's spec
+    and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
     """
     seed = int(seed)  # NumPy's integers are no seeds to PyTorch
@@ -57,7 +56,9 @@ def calibrate(
             raise ProfileMismatchError(
                 f"{path} is the profile of a model with another config or other weights: name another file"
             )
-        if _serves(found, profile):
+        alike = profile.spec in (found.spec, replace(found.spec, bases=None), unfitted(found.spec))
+        alike = alike and set(found.options) <= set(profile.options)  # fewer, from a GPU or an older version, are no fault
+        if alike and all(getattr(found, name) == getattr(profile, name) for name in SAME):
             profile = found
     clock = clock or Clock()
     turns_keys = any(FORMATS[plan.format].turns_keys for plan in profile.options)
@@ -79,15 +80,6 @@ def calibrate(
     replays.spec = profile.spec
     clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile
-
-
-def _serves(found: Profile, wanted: Profile) -> bool:
-    """Whether a saved profile is of the same prompts, made in the same way, and leaves as many bytes to the optimizer."""
-    spec = replace(found.spec, recent=wanted.spec.recent)
-    alike = wanted.spec in (spec, replace(spec, bases=None), unfitted(spec))
-    alike = alike and found.spec.recent.max_tokens <= wanted.spec.recent.max_tokens
-    alike = alike and set(found.options) <= set(wanted.options)  # fewer, from a GPU or an older version, are no fault
-    return alike and all(getattr(found, name) == getattr(wanted, name) for name in SAME)
 
 
 def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None) -> None:

@@ -139,8 +139,8 @@ def optimal_allocation(
             not know what the model does with a cache: `ib-analysis objectives` shows what that costs. No policy stands in for
             them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
-        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again if prompts,
-            scorer and seed are the same, for this budget and larger ones: it keeps the sinks and window that it was made with.
+        profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
+            if prompts, scorer, sinks and window (which the budget decides) are the same.
         minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
             of them on a sample of heads, measurement of the options that could change the choice if the check fails, a decision
             on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
