@@ -276,8 +276,12 @@ def _refine(fronts: _Fronts, chosen: Ints, bound: _Bound, limit: int, target: fl
         integrality=np.append(np.ones(len(kept)), 0),
         bounds=Bounds(0, np.append(np.ones(len(kept)), np.inf)),
         constraints=[LinearConstraint(pick_one, 1, 1), LinearConstraint(spend, spare, spare)],
-        # Presolving saves no time here, and prints debugging lines to stdout now and then.
-        options={"node_limit": MAX_NODES, "time_limit": time_limit_s, "mip_rel_gap": target / (2 * bound.excess), "presolve": False},
+        options={
+            "node_limit": MAX_NODES,
+            "time_limit": time_limit_s,
+            "mip_rel_gap": target / (2 * bound.excess),
+            "presolve": False,  # it saves no time here, and prints debugging lines to stdout now and then
+        },
     )
     if result.status not in (0, 1) or result.mip_dual_bound is None:  # neither solved nor stopped with a bound
         return chosen, bound.excess

@@ -98,7 +98,8 @@ from ib_analysis.replay.replays import Replays
 
 model, tokenizer = ib.load()
 spec = CacheSpec(cache_shape(model.config), Recent(1, 2, 1), ib.scorers.get_scorer("value_aware"))
-Replays(model, spec, make_examples(model, tokenizer, ["one two three four five six seven"] * 3)).measure([spec.null_plans], {show!r})
+examples = make_examples(model, tokenizer, ["one two three four five six seven"] * 3)
+Replays(model, spec, examples).measure([spec.null_plans], {show!r})
 """
 
 
