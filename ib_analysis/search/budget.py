@@ -10,7 +10,7 @@ from typing import Literal
 from ib_analysis.errors import BudgetError
 
 FULL_BITS = 16
-MAX_CONTEXT = 2**24  # tokens; plans are checked at every length
+MAX_CONTEXT = 2**24  # tokens; plans are tried at every length up to it
 _BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NUMBER = r"(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
 _CONSTRUCTORS = 'Budget.share(1/8), Budget.bits(2), Budget.bytes("64MiB", context=8192) or Budget.tokens(512, bits=4)'
