@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
-from ib_analysis.cache.masks import MaskCheck, check_dtype, only_in_front, valid_tokens
-from ib_analysis.cache.plan import HeadPlan, Recent
+from ib_analysis.cache.masks import MaskCheck, check_dtype, valid_tokens
+from ib_analysis.cache.newest_scores import newest_scores
+from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, Recent, forms_of
+from ib_analysis.cache.quantized_window import QuantizedWindow
 from ib_analysis.cache.tiers import ranks, tier_rows
 from ib_analysis.scorers import Scorer
 
 QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they bound the memory of a long follow-up
 
-Form = tuple[str, int, int]  # format, key bits, value bits
-
 
 class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     """One layer. The first block that it sees is answered at full precision, then compressed.
 
-    `keys` and `values` [B, H_kv, S + w, D] are the tokens at 16 bits: S sinks, then w recent ones. `packed` holds
-    the rest, one part for each of `forms`. Evicted tokens and padding are gone.
+    `keys` and `values` [B, H_kv, S + w, D] are the tokens at 16 bits: S sinks, then w recent ones. Those just before these are in
+    `quantized`. `packed` holds the rest, one part for each of `forms`. Evicted tokens and padding are gone.
     """
 
     is_sliding = False
@@ -39,7 +38,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     ) -> None:
         super().__init__()
         self.plans, self.recent, self.scorer, self.masks, self.bases = plans, recent, scorer, masks, bases
-        self.forms = _forms(plans)
+        self.forms = forms_of(plans)
         self._clear()
 
     def _clear(self) -> None:
@@ -47,11 +46,12 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self.values: Tensor | None = None
         self.is_initialized = False
         self.packed: list[PackedTokens] = []  # run b * len(tiers) + j is what tiers[j] takes of sequence b
+        self.quantized: QuantizedWindow | None = None
         self.schedule: Schedule | None = None  # of the kernels, while lengths stay as they are
         self.sink_mask: Tensor | None = None  # bool [B, S], false where a short sequence has no sink; None if all have
         self.compressible: list[int] = []  # per sequence, the tokens that have been compressed or evicted
         self.padding: list[int] = []  # per sequence, the positions before `start` that hold no token
-        self.start = 0  # position where the window begins
+        self.start = 0  # position where the window at 16 bits begins
         self.cumulative_length = 0
         self.changing = False  # while a block is added; and after that, if it was interrupted
 
@@ -64,7 +64,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             )
         self.dtype = key_states.dtype if key_states.dtype in (torch.float16, torch.bfloat16) else torch.float16
         self.device = key_states.device
-        self.backend = pick_backend(self.device, head_dim, [form for form, _ in self.forms])
+        forms = [form for form, _ in self.forms] + [QUANTIZED_FORM] * (self.recent.quantized > 0)
+        self.backend = pick_backend(self.device, head_dim, forms)
         self.bases = None if self.bases is None else self.bases.to(self.device)
         self.is_initialized = True
 
@@ -129,7 +130,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         """Output [B, H, M, D] for queries [B, H, M, D], which see what `visible` [B or 1, M, S + w] says, and what is packed."""
         assert self.keys is not None and self.values is not None
         pairs = self.keys.shape[0] * self.keys.shape[1]
-        parts = [part.packed for part in self.packed]
+        parts = [part.packed for part in self._parts]
         query32 = query.float() if query.dtype == torch.float64 else query
         softcap = extras.get("softcap")
         if self.backend == "triton" and self.schedule is None:  # for the steps of one token that follow
@@ -160,16 +161,21 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         return visible
 
     @property
+    def _parts(self) -> list[PackedTokens]:
+        return self.packed if self.quantized is None else [*self.packed, self.quantized.tokens]
+
+    @property
     def _sink_count(self) -> int:
         return min(self.recent.sinks, self.start)
 
     def _compress(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> None:
-        """Sinks and window to 16 bits, the tokens between them to packed storage; `valid` bool [B, T] are those of the block."""
+        """Sinks and windows as they are kept, the tokens between them packed; `valid` bool [B, T] are those of the block."""
         batch, _, length, _ = keys.shape
         self.cumulative_length = length
         first = (~valid).sum(1)  # position of each sequence's first token
         sinks = min(self.recent.sinks, length)
-        self.start = sinks + self.recent.compressible(length)
+        self.start = sinks + self.recent.past_window(length)
+        ranked = sinks + self.recent.compressible(length)  # position where the quantized window begins
         sink_positions = first[:, None] + torch.arange(sinks, device=self.device)  # [B, S]
         in_front = sink_positions < self.start
         self.sink_mask = None if bool(in_front.all()) else in_front
@@ -179,48 +185,56 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         self.keys, self.values = keys.gather(2, rows).to(self.dtype), values.gather(2, rows).to(self.dtype)
         self.compressible = [0] * batch
         self.padding = (~valid[:, : self.start]).sum(1).tolist()
-        leaving = (position >= first[:, None] + sinks) & (position < self.start)  # [B, T]
-        if self.start > sinks and bool(leaving.any()):
+        no_sinks = position >= first[:, None] + sinks  # [B, T]
+        if self.start > ranked:
+            window = slice(ranked, self.start)
+            self._quantize(keys[:, :, window], values[:, :, window], no_sinks[:, window])
+        leaving = no_sinks & (position < ranked)
+        if ranked > sinks and bool(leaving.any()):
             self._pack(leaving, self.scorer(module, query, keys, values, valid, scaling), keys, values)
 
     def _flush(self, module: nn.Module, query: Tensor, visible: Tensor | None, scaling: float) -> None:
-        """Moves the oldest tokens out of the window, as many as the length asks for, ranked by the newest queries."""
+        """Moves the oldest tokens out of the windows, as many as the length asks for, ranked by the newest queries."""
         assert self.keys is not None and self.values is not None
         sinks = min(self.recent.sinks, self.cumulative_length)
         self._grow_sinks(sinks, visible)
-        count = sinks + self.recent.compressible(self.cumulative_length) - self.start
+        count = sinks + self.recent.past_window(self.cumulative_length) - self.start
         if count <= 0:
             return
         present = self._present(visible)
-        leaving = present.clone()
-        leaving[:, :sinks] = leaving[:, sinks + count :] = False
-        self._pack(leaving, self._scores(module, query, present, scaling), self.keys, self.values)
+        held = 0 if self.quantized is None else len(self.quantized)
+        leaving = sinks + self.recent.compressible(self.cumulative_length) - (self.start - held)  # the quantized window
+        if leaving > 0:
+            self._rank(module, query, leaving, present, scaling)
+        begin, end = sinks + max(0, leaving - held), sinks + count  # of a long block some only pass through it
+        if begin < end:
+            self._quantize(self.keys[:, :, begin:end], self.values[:, :, begin:end], present[:, begin:end])
         self._count_padding(present[:, sinks : sinks + count])
         self.keys = torch.cat([self.keys[:, :, :sinks], self.keys[:, :, sinks + count :]], dim=2)
         self.values = torch.cat([self.values[:, :, :sinks], self.values[:, :, sinks + count :]], dim=2)
         self.start += count
 
-    def _scores(self, module: nn.Module, query: Tensor, present: Tensor, scaling: float) -> Tensor:
-        """Scores [B, H_kv, S + w] of the tokens at 16 bits, to which queries [B, H, M, D] of the newest positions belong.
+    def _quantize(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
+        """Tokens [B, H_kv, n, D] that leave the window at 16 bits; `present` bool [B, n]."""
+        if self.quantized is None:
+            self.quantized = QuantizedWindow(_readable(keys), _readable(values), present, self.dtype, self.backend)
+        else:
+            self.quantized.append(keys, values, present)
+        self.schedule = None
 
-        Scorers know padding in front. Where there is other padding, a later message of another length say, each sequence is
-        scored alone without it: its queries do not count. A sequence without new tokens keeps its newest.
-        """
+    def _rank(self, module: nn.Module, query: Tensor, count: int, present: Tensor, scaling: float) -> None:
+        """Packs or evicts the `count` oldest tokens that have not been ranked, of which the window at 16 bits has `present`."""
         assert self.keys is not None and self.values is not None
-        if only_in_front(present):
-            return self.scorer(module, query, self.keys, self.values, present, scaling)
-        scores = torch.zeros(self.keys.shape[:3], device=self.device)
-        for b, valid in enumerate(present):
-            place, new = valid.nonzero()[:, 0], valid[-query.shape[2] :].nonzero()[:, 0]
-            if len(new) == 0:
-                scores[b, :, place] = place.float()
-                continue
-            keys, values = self.keys[b : b + 1, :, place], self.values[b : b + 1, :, place]
-            found = self.scorer(
-                module, query[b : b + 1, :, new], keys, values, torch.ones_like(place[None], dtype=torch.bool), scaling
-            )
-            scores[b, :, place] = found[0]
-        return scores
+        keys, values, sinks = self.keys, self.values, self._sink_count
+        if self.quantized is not None:
+            older = (x.to(self.dtype) for x in self.quantized.unpack())
+            keys, values = (torch.cat([x[:, :, :sinks], old, x[:, :, sinks:]], 2) for x, old in zip((keys, values), older))
+            present = torch.cat([present[:, :sinks], self.quantized.present, present[:, sinks:]], 1)
+            self.quantized.drop(min(count, len(self.quantized)))
+        leaving = present.clone()
+        leaving[:, :sinks] = leaving[:, sinks + count :] = False
+        scores = newest_scores(self.scorer, module, query, keys, values, present, scaling)
+        self._pack(leaving, scores, keys, values)
 
     def _count_padding(self, present: Tensor) -> None:
         """Counts what is no token among positions [B, n] that are now before `start`."""
@@ -299,6 +313,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def tensors(self) -> list[Tensor]:
         """Every tensor that holds tokens, or says which there are."""
         held = [t for t in (self.keys, self.values, self.sink_mask) if t is not None]
+        held += [] if self.quantized is None else self.quantized.tensors()
         return held + [tensor for part in self.packed for tensor in part.tensors().values()]
 
     def reset(self) -> None:
@@ -341,6 +356,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             self.sink_mask = self.sink_mask[indices]
         self.compressible = [self.compressible[b] for b in indices.tolist()]
         self.padding = [self.padding[b] for b in indices.tolist()]
+        if self.quantized is not None:
+            self.quantized.select(indices)
         for i, (_, tiers) in enumerate(self.forms[: len(self.packed)]):
             runs = indices[:, None] * len(tiers) + torch.arange(len(tiers), device=indices.device)
             heads = torch.tensor([h for h, _ in tiers], device=indices.device)
@@ -358,6 +375,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             self.keys, self.values = self.keys.to(device), self.values.to(device)
             self.sink_mask = None if self.sink_mask is None else self.sink_mask.to(device)
             self.packed = [part.to(device) for part in self.packed]
+            if self.quantized is not None:
+                self.quantized.to(device)
             self.schedule = None
 
 
@@ -369,18 +388,6 @@ def _check_range(module: nn.Module, keys: Tensor, values: Tensor) -> None:
                 f"layer {getattr(module, 'layer_idx', '?')} has a {name} of {float(largest):.4g}, more than float16 holds "
                 f"({FP16_MAX:.0f}): load the model with dtype=torch.bfloat16"
             )
-
-
-def _forms(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
-    """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
-    forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
-    for h, head in enumerate(plans):
-        seen: Counter[Form] = Counter()
-        for t, tier in enumerate(head.tiers):
-            form = (head.format, tier.key_bits, tier.value_bits)
-            forms.setdefault((form, seen[form]), []).append((h, t))
-            seen[form] += 1
-    return [(form, tiers) for (form, _), tiers in forms.items()]
 
 
 def _readable(x: Tensor) -> Tensor:

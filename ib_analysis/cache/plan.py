@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,12 +14,15 @@ from ib_kernels.formats.format import check_precision
 
 from ib_analysis.cache.tiers import Count, tier_counts, tier_edges
 
+Form = tuple[str, int, int]  # format, key bits, value bits
+
 BITS = (2, 3, 4, 8)
 FULL = (RAW_BITS, RAW_BITS)
 SLACK = 1e-9  # of shares, which are rounded
 MAX_LENGTH = 2**31 - 1  # of a context, in tokens
 WINDOW_SHARE = 1 / 4  # of a budget that sinks and window may take
 MAX_SINKS, MAX_WINDOW, MAX_FLUSH = 4, 32, 16
+QUANTIZED_FORM: Form = ("rotated", 4, 4)  # of tokens in the quantized window
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,18 @@ EVICTED = HeadPlan(next(iter(FORMATS)))
 RAW = HeadPlan(next(iter(FORMATS)), (Tier(1.0, *FULL),))  # all tokens at 16 bits, in packed storage
 
 
+def forms_of(plans: tuple[HeadPlan, ...]) -> list[tuple[Form, list[tuple[int, int]]]]:
+    """For each part the form of its tokens, and its (head, tier)s. A head that has a form twice is in two parts."""
+    forms: dict[tuple[Form, int], list[tuple[int, int]]] = {}
+    for h, head in enumerate(plans):
+        seen: Counter[Form] = Counter()
+        for t, tier in enumerate(head.tiers):
+            form = (head.format, tier.key_bits, tier.value_bits)
+            forms.setdefault((form, seen[form]), []).append((h, t))
+            seen[form] += 1
+    return [(form, tiers) for (form, _), tiers in forms.items()]
+
+
 def plan_of(plans: Plans, head: Head) -> HeadPlan | None:
     """The plan of one head; None in a layer that is left at full precision."""
     row = plans[head[0]]
@@ -107,20 +123,27 @@ def precisions(formats: Iterable[str]) -> list[tuple[str, tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class Recent:
-    """Sinks and residual window, kept at 16 bits in every head: the first `sinks` tokens, and at least `window` recent ones.
+    """What every head keeps: the first `sinks` tokens and at least `window` recent ones at 16 bits (the residual window), and
+    behind these `quantized` ones of 4 bits.
 
-    Tokens leave the window `flush` at a time, at the same lengths whether they came in one block or one by one.
+    Tokens leave the window `flush` at a time, at the same lengths whether they came in one block or one by one. As many leave the
+    quantized window, once it is full: they are compressible.
     """
 
     sinks: int
     window: int
     flush: int
+    quantized: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("window", 0), ("flush", 1)):
+        for name, least in (("sinks", 0), ("window", 0), ("flush", 1), ("quantized", 0)):
             number = getattr(self, name)
             if not isinstance(number, int) or not least <= number <= MAX_LENGTH:
                 raise ValueError(f"{name} is a whole number of tokens, {least} or more, not {number!r}")
+
+    def __str__(self) -> str:
+        exact = f"{self.sinks} sinks and {self.window} to {self.window + self.flush - 1} recent tokens at 16 bits"
+        return exact + (f", {self.quantized} before these at {QUANTIZED_FORM[1]} bits" if self.quantized else "")
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:
@@ -135,9 +158,14 @@ class Recent:
         """The largest number of tokens at 16 bits."""
         return self.sinks + self.window + self.flush - 1
 
-    def compressible(self, length: Count) -> Count:
-        """How many tokens of a cache of `length` tokens are compressible."""
+    def past_window(self, length: Count) -> Count:
+        """How many tokens of a cache of `length` tokens have left the 16-bit window, sinks aside."""
         beyond = np.maximum(np.asarray(length) - self.sinks - self.window, 0) // self.flush * self.flush
+        return int(beyond) if isinstance(length, int) else beyond
+
+    def compressible(self, length: Count) -> Count:
+        """How many of these have left the quantized window, too."""
+        beyond = np.maximum(np.asarray(self.past_window(length)) - self.quantized, 0)
         return int(beyond) if isinstance(length, int) else beyond
 
     def before_leaving(self, length: int) -> int:

@@ -9,10 +9,10 @@ from math import floor, log10, nan
 from typing import Any
 
 import numpy as np
-from ib_kernels import FORMATS, Bases, in_bases
+from ib_kernels import FORMATS, Bases, in_bases, tokens_nbytes
 
 from ib_analysis.cache.key_bases import KeyBases
-from ib_analysis.cache.plan import EVICTED, RAW, Head, HeadPlan, Plans, PlansToTry, Recent, plan_of
+from ib_analysis.cache.plan import EVICTED, QUANTIZED_FORM, RAW, Head, HeadPlan, Plans, PlansToTry, Recent, plan_of
 from ib_analysis.cache.tiers import Count
 from ib_analysis.errors import BudgetError, CalibrationError
 from ib_analysis.model.shape import CacheShape, LayerShape
@@ -95,15 +95,22 @@ class CacheSpec:
         total = length * 0
         for layer, heads in zip(self.shape.layers, plans):
             if not layer.sliding_window:
-                total = total + (length if heads is None else length - tokens) * layer.bytes_per_token
+                total = total + (length * layer.bytes_per_token if heads is None else self._recent_bytes(layer, length))
         alike = Counter((plan, layer.head_dim) for layer, heads in zip(self.shape.layers, plans) for plan in heads or ())
         for (plan, head_dim), heads_alike in alike.items():
             total = total + heads_alike * plan.nbytes(tokens, head_dim)
         return total
 
     def recent_bytes(self, length: int) -> int:
-        """Bytes of sinks and window alone."""
-        return (length - self.recent.compressible(length)) * self.shape.bytes_per_token
+        """Bytes of sinks and both windows alone."""
+        return sum(self._recent_bytes(self.shape.layers[i], length) for i in self.shape.compressible)
+
+    def _recent_bytes(self, layer: LayerShape, length: Count) -> Count:
+        past = self.recent.past_window(length)
+        quantized = past - self.recent.compressible(length)
+        packed = tokens_nbytes(QUANTIZED_FORM[0], quantized, layer.head_dim, *QUANTIZED_FORM[1:])
+        # Nothing is packed before a token leaves the window.
+        return (length - past) * layer.bytes_per_token + packed * layer.kv_heads * (quantized > 0)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads. Raises UnknownNameError for a scorer that is in no registry."""

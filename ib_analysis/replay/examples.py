@@ -136,9 +136,10 @@ def median_length(examples: Sequence[Example]) -> int:
 def check_lengths(examples: Sequence[Example], recent: Recent) -> None:
     """Raises CalibrationError, with the number of the prompt, if one leaves nothing to compress."""
     for number, example in enumerate(examples):
-        if len(example.prefill) <= recent.max_tokens:
+        least = recent.max_tokens + recent.quantized
+        if len(example.prefill) <= least:
             raise CalibrationError(
-                f"prompt {number} has {len(example.prefill)} tokens before its question, not more than the {recent.max_tokens} "
+                f"prompt {number} has {len(example.prefill)} tokens before its question, not more than the {least} "
                 "that are never compressed: pass longer prompts"
             )
 

@@ -29,7 +29,7 @@ from ib_analysis.cache.attention import (
     full_attention,
     grouped_attention,
 )
-from ib_analysis.cache.plan import HeadPlan, LayerPlans, PlansToTry
+from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, LayerPlans, PlansToTry
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.cache.tiers import ranks
 from ib_analysis.errors import CalibrationError, UnsupportedModelError
@@ -37,6 +37,7 @@ from ib_analysis.replay.examples import Example
 from ib_analysis.replay.growing import decoder_layers, growing, growth
 from ib_analysis.scorers import Scorer
 
+SIDES: tuple[SideName, SideName] = ("keys", "values")
 LOGIT_ELEMENTS = 2**24  # over all plans of a batch
 BATCH_ELEMENTS = 2**21  # keys of one layer, over all plans of a batch: few enough to stay in a CPU's cache
 
@@ -268,7 +269,7 @@ class Replay:
     def _compressed(self, layer: int, versions: Sequence[tuple[int, HeadPlan | None]]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values [V, N, D] and kept [V, N] of heads of one layer under their plans."""
         context = self.context(layer)
-        keys, values = (self._of_heads(x, versions) for x in (context.keys, context.values))
+        keys, values = (self._of_heads(layer, side, versions) for side in SIDES)
         head = torch.tensor([h for h, _ in versions], device=keys.device)
         ranks = self.ranks[layer][head]  # [V, N]
         key_runs, value_runs = _Runs(), _Runs()
@@ -286,10 +287,23 @@ class Replay:
         value_runs.write(context.values, head, ranks, values, "values", self.dtype)
         return keys, values, ranks < torch.tensor(kept_counts, device=keys.device)[:, None]
 
-    def _of_heads(self, x: Tensor, versions: Sequence[tuple[int, HeadPlan | None]]) -> Tensor:
-        """x [H_kv, N, D] of each version's head: fp32 [V, N, D], as a cache stores it if the head has a plan."""
-        exact, stored = x.float(), x.to(self.dtype).float()
-        return torch.stack([exact[h] if plan is None else stored[h] for h, plan in versions])
+    def _of_heads(self, layer: int, side: SideName, versions: Sequence[tuple[int, HeadPlan | None]]) -> Tensor:
+        """Keys or values of each version's head: fp32 [V, N, D], as recent tokens are kept if the head has a plan."""
+        exact, kept = getattr(self.context(layer), side).float(), self.recent(layer, side)
+        return torch.stack([exact[h] if plan is None else kept[h] for h, plan in versions])
+
+    def recent(self, layer: int, side: SideName) -> Tensor:
+        """Keys or values fp32 [H_kv, N, D] with sinks and both windows as compressed heads keep them; the others at 16 bits."""
+        x: Tensor = getattr(self.context(layer), side)
+        kept = x.to(self.dtype).float()
+        begin, end = self.first + self.tokens, self.first + self.spec.recent.past_window(self.length)
+        if begin < end:
+            (fmt, *bits), rows = QUANTIZED_FORM, x[:, begin:end].flatten(0, 1)
+            lengths = torch.full((len(x),), end - begin, device=x.device)
+            kept[:, begin:end] = roundtrip(fmt, side, rows, lengths, bits[SIDES.index(side)], self.dtype).view_as(
+                kept[:, begin:end]
+            )
+        return kept
 
 
 class _Runs:

@@ -175,10 +175,9 @@ class Allocation:
         return "\n".join(lines if self.is_full else [*lines, self.table().to_string(index=False)])
 
     def _compression_text(self) -> list[str]:
-        recent, bases = self.spec.recent, self.spec.bases
+        bases = self.spec.bases
         return [
-            f"kept at 16 bits: {recent.sinks} sinks, {recent.window} to {recent.window + recent.flush - 1} recent tokens; "
-            f"others are ranked by {scorer_name(self.spec.scorer)}",
+            f"every head keeps {self.spec.recent}; other tokens are ranked by {scorer_name(self.spec.scorer)}",
             f"in-sample loss {self.in_sample_loss_bits:.4g} bits per token; {self.objective} loss of heads alone "
             f"{self.loss_sum_bits:.4g}; the knapsack's dual bound {self.dual_bound:.4g}, solver gap {self.solver_gap:.1e}",
             *([] if bases is None else [f"bases of keys take {bases.nbytes:,} bytes beside the model's weights"]),

@@ -19,7 +19,7 @@ from transformers import Cache
 from ib_analysis.cache.attention import borrowed, cache_argument, causal_mask
 from ib_analysis.cache.plan import HeadPlan
 from ib_analysis.errors import UnsupportedModelError
-from ib_analysis.replay.replay import Replay, ReplayLayer
+from ib_analysis.replay.replay import SIDES, Replay, ReplayLayer
 from ib_analysis.search.output_changes import Attending, output_changes
 
 SAMPLES = 4  # draws of the next tokens for one prompt
@@ -110,7 +110,7 @@ def attending(
         keys=keys[:, compressible].float(),
         values=values[:, compressible].float(),
         order=ranks[:, compressible].argsort(1),
-        exact=_exact(replay, heads, answered, query, keys, values),
+        exact=_exact(replay, heads, answered, query),
         full=torch.stack([outputs[layer][h] for layer, h in heads]),
         directions=torch.stack([by_head[layer][:, h] for layer, h in heads]),
         scaling=one.scaling,
@@ -125,17 +125,17 @@ def _exact(
     heads: list[tuple[int, int]],
     answered: dict[int, ReplayLayer],
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of U heads to what is never compressed: sinks, window, the follow-up itself, a learnt sink."""
+    """Attention of U heads to what no plan changes: sinks, windows, the follow-up itself, a learnt sink."""
     one, rest = answered[heads[0][0]], replay.first + replay.tokens
     new_keys = torch.stack([answered[layer].new_keys.detach()[0, h] for layer, h in heads])
     new_values = torch.stack([answered[layer].new_values.detach()[0, h] for layer, h in heads])
-    recent = torch.tensor([*range(replay.first), *range(rest, replay.length)], device=keys.device)
-    keys, values = (  # a compressed head keeps its sinks and window in 16 bits
-        torch.cat([x[:, recent].to(replay.dtype).float(), new.float()], dim=1)
-        for x, new in ((keys, new_keys), (values, new_values))
+    recent = torch.tensor([*range(replay.first), *range(rest, replay.length)], device=new_keys.device)
+    keys, values = (
+        torch.cat([torch.stack([kept[layer][h] for layer, h in heads])[:, recent], new.float()], dim=1)
+        for kept, new in (
+            ({layer: replay.recent(layer, side) for layer, _ in heads}, new) for side, new in zip(SIDES, (new_keys, new_values))
+        )
     )
     length = new_keys.shape[1]
     groups = query.shape[1] // length

@@ -123,6 +123,20 @@ class PackedTokens:
         pairs = torch.arange(len(runs), dtype=torch.int32, device=runs.device) if pairs is None else pairs
         return PackedTokens(_taken(self.packed, rows, self.lengths[runs], pairs), self.dtype, self.backend)
 
+    def without_first(self, lengths: Tensor) -> PackedTokens:
+        """A copy without the first lengths [P] tokens of each run.
+
+        Raises ValueError for more tokens than a run has, and for formats that store tokens in groups.
+        """
+        ragged.check_vector(lengths)
+        if _group_tokens(self.packed) > 1:
+            raise ValueError(f"tokens of the format {self.packed.format!r} are stored in groups, from which none can be taken")
+        lengths = lengths.to(self.lengths.device, torch.int32)
+        if lengths.shape != self.lengths.shape or bool(((lengths < 0) | (lengths > self.lengths)).any()):
+            raise ValueError(f"pass for each of the {self.lengths.shape[0]} runs a number of tokens between 0 and those it has")
+        _, rest = _split(self.packed, lengths, int(lengths.sum()))
+        return PackedTokens(rest, self.dtype, self.backend)
+
     def to(self, device: torch.device | str) -> PackedTokens:
         """The same tokens on `device`."""
         keys, values = (

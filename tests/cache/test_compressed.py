@@ -20,6 +20,7 @@ from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.learned import Learned
 
 RECENT = Recent(2, 4, 4)
+BOTH = pytest.mark.parametrize("recent", [RECENT, Recent(2, 4, 4, quantized=10)], ids=["", "quantized"])
 ARCHITECTURES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -102,6 +103,37 @@ def test_full_budget_is_the_full_cache(name, batch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_the_quantized_window_holds_all_tokens_before_they_are_ranked(name, batch):
+    """As a plan would that keeps all at the same bits, through forty tokens of an answer; then the oldest are evicted."""
+    model = small_model(name)
+    ids, mask = padded_batch(batch)
+    use_attention(model)
+    short, long = (spec_of(model, Recent(2, 4, 4, quantized=n)) for n in (0, 80))
+    answers = [
+        generate(model, ids, mask, CompressedCache(spec, plans))[1]
+        for spec, plans in ((short, short.uniform(HeadPlan("rotated", (Tier(1.0, 4, 4),)))), (long, long.null_plans))
+    ]
+    torch.testing.assert_close(answers[1], answers[0], atol=1e-3 * float(answers[0].std()), rtol=0)
+
+
+@pytest.mark.parametrize("quantized", [0, 5, 12])
+def test_a_block_and_single_tokens_leave_as_many(quantized):
+    """Also a block longer than both windows, some tokens of which are ranked before they were ever quantized."""
+    model = small_model("llama")
+    use_attention(model)
+    spec = spec_of(model, Recent(2, 4, 4, quantized))
+    ids, _ = padded_batch(2)
+    caches = [CompressedCache(spec, compressing_plans(spec)) for _ in range(3)]
+    for cache, blocks in zip(caches, ([9, 31], [9, *[1] * 31], [9, 2, 17, 12])):
+        with torch.no_grad():
+            for block in ids.split(blocks, dim=1):
+                model(block, **cache_argument(model, cache))
+        assert cache.nbytes == 2 * spec.nbytes(compressing_plans(spec), 40)
+        assert [layer.compressible for layer in cache.layers] == [[spec.recent.compressible(40)] * 2] * 3
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 def test_all_tokens_at_16_bits_are_nearly_the_full_cache(name, batch):
     model = small_model(name)
     ids, mask = padded_batch(batch)
@@ -113,12 +145,13 @@ def test_all_tokens_at_16_bits_are_nearly_the_full_cache(name, batch):
     assert (found - logits).abs().max() < 0.01 * logits.std()
 
 
+@BOTH
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("prefill", [1, 2, 3, 5, 9, 17, 40])
-def test_bytes_are_those_of_the_plan_at_every_length(prefill, batch):
+def test_bytes_are_those_of_the_plan_at_every_length(prefill, batch, recent):
     model = small_model("gemma3_text")
     use_attention(model)
-    spec = spec_of(model)
+    spec = spec_of(model, recent)
     plans = compressing_plans(spec)
     cache = CompressedCache(spec, plans)
     ids, _ = padded_batch(batch)
@@ -218,10 +251,11 @@ def _tensors_in_memory():
         return [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
 
 
-def test_offload_and_prefetch_change_nothing():
+@BOTH
+def test_offload_and_prefetch_change_nothing(recent):
     model = small_model("llama")
     use_attention(model)
-    spec = spec_of(model)
+    spec = spec_of(model, recent)
     ids, _ = padded_batch(2)
     logits = []
     for offloads in (False, True):
@@ -254,10 +288,10 @@ FITTED = Learned(tuple(((0.3, 0.1, -0.2, 0.1, 0.4, 0.2, 0.3, 1.0, -0.5, 2.0, -0.
 @pytest.mark.slow
 @pytest.mark.parametrize("scorer", [*SCORERS.values(), FITTED], ids=[*SCORERS, "fitted"])
 def test_left_padding_changes_nothing(scorer):
-    """Neither of what the prefill keeps nor of what leaves the window, one token at a time."""
+    """Neither of what the prefill keeps nor of what leaves the windows, one token at a time."""
     model = small_model("llama")
     use_attention(model)
-    spec = replace(spec_of(model, Recent(2, 4, 1)), scorer=scorer)
+    spec = replace(spec_of(model, Recent(2, 4, 1, quantized=7)), scorer=scorer)
     caches = [CompressedCache(spec, compressing_plans(spec)) for _ in range(2)]
     ids, _ = padded_batch(1)
     padded = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), ids], dim=1)
@@ -293,10 +327,11 @@ def test_beams_crop_and_reset():
     assert cache.get_seq_length() == 0 and cache.nbytes == 0
 
 
-def test_a_long_follow_up_is_answered_in_blocks(monkeypatch):
+@BOTH
+def test_a_long_follow_up_is_answered_in_blocks(monkeypatch, recent):
     model = small_model("llama")
     use_attention(model)
-    spec = spec_of(model)
+    spec = spec_of(model, recent)
     ids, _ = padded_batch(2)
     logits = []
     for rows in (1, 6, 256):
@@ -328,11 +363,12 @@ def test_two_tiers_of_one_precision_hold_what_one_of_both_shares_holds():
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
 
 
-def test_sequences_in_another_order_continue_as_they_were():
+@BOTH
+def test_sequences_in_another_order_continue_as_they_were(recent):
     """Of different lengths, through several flushes of the window."""
     model = small_model("llama")
     use_attention(model)
-    spec = spec_of(model)
+    spec = spec_of(model, recent)
     ids, mask = padded_batch(3)
     order = torch.tensor([2, 0, 0])
     logits = []

@@ -28,7 +28,7 @@ from ib_analysis.search.candidates import head_options
 untimed = settings(deadline=None)
 
 OPTIONS = head_options(tuple(FORMATS))
-RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16))
+RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16), st.integers(0, 60))
 
 
 @untimed
@@ -62,11 +62,13 @@ def test_bytes_of_a_head_are_those_of_its_tiers(plan, tokens, head_dim):
 
 @untimed
 @given(RECENTS, st.integers(0, 500))
-def test_tokens_are_at_16_bits_or_compressible(recent, length):
-    compressible = recent.compressible(length)
-    assert 0 <= compressible <= max(0, length - recent.sinks - recent.window)
-    assert compressible % recent.flush == 0
-    assert length - compressible <= max(recent.max_tokens, min(length, recent.sinks + recent.window))
+def test_tokens_are_at_16_bits_quantized_or_compressible(recent, length):
+    past, compressible = recent.past_window(length), recent.compressible(length)
+    assert 0 <= past <= max(0, length - recent.sinks - recent.window)
+    assert past % recent.flush == 0
+    assert length - past <= max(recent.max_tokens, min(length, recent.sinks + recent.window))
+    assert past - compressible == min(past, recent.quantized)
+    assert recent.past_window(np.array([length]))[0] == past
     assert recent.compressible(np.array([length]))[0] == compressible
 
 
@@ -76,8 +78,8 @@ def test_tokens_leave_just_after_that_length(recent, length):
     found = recent.before_leaving(length)
     assert 0 <= found - length < recent.flush
     if found >= recent.max_tokens:
-        assert recent.compressible(found + 1) == recent.compressible(found) + recent.flush
-        assert found - recent.compressible(found) == recent.max_tokens
+        assert recent.past_window(found + 1) == recent.past_window(found) + recent.flush
+        assert found - recent.past_window(found) == recent.max_tokens
 
 
 @untimed

@@ -27,7 +27,7 @@ untimed = settings(deadline=None)
 VALUE_AWARE = SCORERS["value_aware"]
 SHAPE = CacheShape((LayerShape(2, 32), LayerShape(1, 32, sliding_window=8)))
 OPTIONS = head_options(tuple(FORMATS))
-RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16))
+RECENTS = st.builds(Recent, st.integers(0, 8), st.integers(1, 40), st.integers(1, 16), st.integers(0, 60))
 SPECS = st.builds(CacheSpec, st.just(SHAPE), RECENTS, st.just(VALUE_AWARE))
 PLANS = st.tuples(st.tuples(st.sampled_from(OPTIONS), st.sampled_from(OPTIONS)), st.none())
 LIMITS = st.builds(ByteLimit, SPECS, st.floats(0.05, 1), st.integers(1, 150))

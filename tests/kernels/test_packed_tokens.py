@@ -141,6 +141,27 @@ def test_selection_does_not_share_memory_with_its_source(name):
     assert_same(packed, pack(name, [5, 33])[0])
 
 
+@given(lengths=run_lengths, key_bits=bit_widths, data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_without_first_the_others_are_as_they_were(lengths, key_bits, data):
+    packed, _, _ = pack("rotated", lengths, key_bits=key_bits, value_bits=3)
+    gone = [data.draw(st.integers(0, length)) for length in lengths]
+    rest = packed.without_first(torch.tensor(gone))
+    assert rest.lengths.tolist() == [length - n for length, n in zip(lengths, gone)]
+    for found, before in zip(rest.unpack(), packed.unpack()):
+        assert torch.equal(found, torch.cat([run[n:] for run, n in zip(before.split(lengths), gone)]))
+    expected = sum(tokens_nbytes("rotated", n, 32, key_bits, 3) for n in rest.lengths.tolist())
+    assert rest.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in rest.tensors().values()) == expected
+
+
+def test_without_first_refuses_groups_and_more_than_there_are():
+    with pytest.raises(ValueError, match="stored in groups"):
+        pack("kivi", [40])[0].without_first(torch.tensor([3]))
+    for gone in ([6, 0], [-1, 0], [1]):
+        with pytest.raises(ValueError, match="each of the 2 runs"):
+            pack("rotated", [5, 33])[0].without_first(torch.tensor(gone))
+
+
 def test_lengths_of_the_caller_are_copied():
     lengths = torch.tensor([3], dtype=torch.int32)
     packed = PackedTokens.pack("kivi", torch.zeros(3, 8), torch.zeros(3, 8), lengths, 4, 4)

@@ -18,7 +18,7 @@ from ib_analysis.replay.replay import Replay
 from ib_analysis.scorers import SCORERS
 from ib_analysis.tasks import TASKS
 
-RECENT = Recent(2, 5, 2)
+RECENT = Recent(2, 5, 2, quantized=21)
 HEADS = (HeadPlan("kivi", (Tier(0.2, 4, 3), Tier(0.5, 2, 2))), HeadPlan("rotated", (Tier(0.5, 3, 4),)))
 SPECTRAL = (HeadPlan("spectral", (Tier(0.1, 8, 8), Tier(0.5, 2, 3))), HeadPlan("spectral", (Tier(0.7, 4, 4),)))
 
