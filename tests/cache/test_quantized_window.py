@@ -19,9 +19,9 @@ def block(tokens, generator):
 @given(STEPS, st.integers(0, 3))
 def test_it_holds_what_came_last_whatever_else_is_done(steps, seed):
     generator = torch.Generator().manual_seed(seed)
-    first = block(6, generator)
-    window = QuantizedWindow(*first, torch.float16, "reference")
-    held, present = [x.clone() for x in window.unpack()], first[2]
+    keys, values, present = block(6, generator)
+    window = QuantizedWindow(keys, values, present, torch.float16, "reference")
+    held = list(window.unpack())
     for step, number in steps:
         if step == "append":
             keys, values, more = block(number, generator)
