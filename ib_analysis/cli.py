@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_fresh(formats, "to fit the bases of keys to")
     formats.set_defaults(run=_formats)
 
+    answers = commands.add_parser("answers", help="what an allocation loses along a long answer")
+    _add_model(answers)
+    answers.add_argument("--allocation", type=Path, required=True, help="the allocation.json of `allocate`")
+    answers.add_argument("--texts", type=Path, help='JSON lines {"text": ...}: context and answer; by default our own')
+    answers.add_argument("--tokens", type=int, default=128, help="of the answer (128)")
+    answers.add_argument("--csv", type=Path, help="write the table there")
+    answers.set_defaults(run=_answers)
+
     plane = commands.add_parser("plane", help="measure a cache's information plane: retained information against rate")
     _add_calibration(plane, "folder for both figures, their tables and the profile")
     plane.set_defaults(run=_plane)
@@ -275,6 +283,23 @@ def _formats(arguments: argparse.Namespace) -> None:
     draw_formats(table, arguments.out / "formats")
     print(formats_text(table))
     print(f"written to {arguments.out}/")
+
+
+def _answers(arguments: argparse.Namespace) -> None:
+    from ib_analysis.experiments.answers import answer_losses, answers_text
+    from ib_analysis.files import check_writable, read_prompts, write_whole
+    from ib_analysis.model.load import load
+    from ib_analysis.search.allocation import Allocation
+
+    allocation = Allocation.from_json(arguments.allocation)
+    texts: Any = None if arguments.texts is None else read_prompts(arguments.texts)
+    if arguments.csv is not None:
+        check_writable(arguments.csv)
+    model, tokenizer = load(arguments.model)
+    table = answer_losses(model, allocation, texts, tokenizer=tokenizer, tokens=arguments.tokens)
+    if arguments.csv is not None:
+        write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
+    print(answers_text(table))
 
 
 def _plane(arguments: argparse.Namespace) -> None:

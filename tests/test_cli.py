@@ -127,6 +127,16 @@ def test_scorers_writes_its_table_and_figure(tmp_path, run_here):
     assert "| keydiff |" in done.stdout
 
 
+def test_answers_prints_a_row_for_each_part(tmp_path, allocation_file, run_here):
+    line = json.dumps({"text": "def read(self, size=-1):\n    return self.buffer.read(size)\n" * 60})
+    (tmp_path / "texts").write_text("\n".join([line] * 2))
+    arguments = ["answers", "--allocation", allocation_file, "--texts", tmp_path / "texts", "--tokens", 40]
+    done = run_here(*arguments, "--csv", tmp_path / "answers.csv")
+    assert done.returncode == 0, done.stderr
+    assert "| 1 to 32 |" in done.stdout and "| 33 to 40 |" in done.stdout
+    assert (tmp_path / "answers.csv").read_text().count("\n") == 3
+
+
 def test_estimators_prints_every_estimator(tmp_path, run_here):
     tasks = list(KNOWN_TASKS)[:2]
     done = run_here("estimators", *tasks, "--samples", 100, "--csv", tmp_path / "table.csv")
@@ -173,6 +183,7 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded, run_here):
         (["allocate", "./no/such/model", "--budget", "1/4", "--out", "OUT"], "no/such/model"),
         (["generate", "--allocation", "FILE", "--prompt", ""], "fewer than two tokens"),
         (["generate", "--allocation", "FILE", "--prompt", "x y", "--tokens", "0"], "tokens"),
+        (["answers", "--allocation", "FILE", "--texts", "PROMPTS"], "text 0 has"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file, tmp_path, run_here):
@@ -199,6 +210,7 @@ def test_errors_are_one_line_and_leave_nothing(arguments, said, allocation_file,
         (["report", "--out", "out", "--prompts", "no/such/file"], "pass both"),
         (["scorers", "--out", "out", "--prompts", "no/such/file"], "pass both"),
         (["generate", "--allocation", "no/such/file", "--prompt", "x"], "no/such/file"),
+        (["answers", "--allocation", "no/such/file"], "no/such/file"),
     ],
 )
 def test_errors_of_a_process_are_one_line(arguments, said, tmp_path):

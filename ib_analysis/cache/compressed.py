@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.layer import CompressedLayer
 from ib_analysis.cache.masks import MaskCheck
 from ib_analysis.cache.plan import Plans
+from ib_analysis.cache.saved_cache import fill_layers, read_cache, write_cache
 from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.errors import ProfileMismatchError
+from ib_analysis.model.devices import input_device
 
 
 class CompressedCache(Cache):
@@ -24,6 +29,7 @@ class CompressedCache(Cache):
     """
 
     def __init__(self, spec: CacheSpec, plans: Plans) -> None:
+        self.spec, self.plans = spec, plans
         layers: list[CacheLayerMixin] = []
         masks = MaskCheck()
         for i, (layer, heads) in enumerate(zip(spec.shape.layers, plans, strict=True)):
@@ -48,6 +54,32 @@ class CompressedCache(Cache):
         """Whether a step has ended before all layers had its tokens."""
         changing = any(isinstance(layer, CompressedLayer) and layer.changing for layer in self.layers)
         return changing or len({layer.get_seq_length() for layer in self.layers}) > 1
+
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
+        """Writes a safetensors file with all that the cache holds, as large as it is, and with its plans.
+
+        `load` gives it back, in another process too, and it answers as this one would, to the bit. Raises ValueError if a step on
+        the cache was interrupted, UnknownNameError for a scorer that is in no registry.
+        """
+        if self.is_broken:
+            raise ValueError("the last step on this cache was interrupted or refused: call reset() and fill it again")
+        write_cache(Path(path), self.spec, self.plans, self.layers, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> CompressedCache:
+        """Reads what `save` wrote, onto the model's device, and switches the model to our attention function.
+
+        Raises CorruptFileError if the file was cut or edited, ProfileMismatchError if another model filled the cache, for a model
+        that is spread over devices, and for another version or contents; FileNotFoundError.
+        """
+        spec, plans, tensors, numbers = read_cache(Path(path), model)
+        cache = cls(spec, plans)
+        try:
+            fill_layers(cache.layers, tensors, numbers, input_device(model))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProfileMismatchError(f"{path} has other contents than a cache ({error!r}): fill it again") from error
+        use_attention(model)
+        return cache
 
     def crop(self, tokens_to_remove: int) -> None:
         """See transformers. All layers are asked before one changes; raises ValueError if one of them cannot do it."""

@@ -217,7 +217,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def _quantize(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
         """Tokens [B, H_kv, n, D] that leave the window at 16 bits; `present` bool [B, n]."""
         if self.quantized is None:
-            self.quantized = QuantizedWindow(_readable(keys), _readable(values), present, self.dtype, self.backend)
+            self.quantized = QuantizedWindow.pack(_readable(keys), _readable(values), present, self.dtype, self.backend)
         else:
             self.quantized.append(keys, values, present)
         self.schedule = None

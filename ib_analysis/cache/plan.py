@@ -20,9 +20,10 @@ BITS = (2, 3, 4, 8)
 FULL = (RAW_BITS, RAW_BITS)
 SLACK = 1e-9  # of shares, which are rounded
 MAX_LENGTH = 2**31 - 1  # of a context, in tokens
-WINDOW_SHARE = 1 / 4  # of a budget that sinks and window may take
-MAX_SINKS, MAX_WINDOW, MAX_FLUSH = 4, 32, 16
+WINDOW_SHARE, QUANTIZED_SHARE = 1 / 8, 1 / 8  # of a budget that sinks and window, and the quantized window, may take
+MAX_SINKS, MAX_WINDOW, MAX_FLUSH, MAX_QUANTIZED = 4, 32, 16, 128
 QUANTIZED_FORM: Form = ("rotated", 4, 4)  # of tokens in the quantized window
+QUANTIZED_PER_TOKEN = 3.5  # of which so many take no more bytes than one at 16 bits, with scales and centres, for 64 channels
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,13 @@ class Recent:
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:
-        """At most a quarter of a budget, at most 4 and 32 tokens; at least one token each."""
+        """An eighth of a budget at 16 bits and an eighth quantized, if that is not more than is of use; at least a sink and a
+        token of the window."""
         tokens = int(WINDOW_SHARE * share * context_length)
         sinks = min(MAX_SINKS, max(1, tokens // 4))
         flush = min(MAX_FLUSH, max(1, tokens // 4))
-        return cls(sinks, min(MAX_WINDOW, max(1, tokens - sinks - flush + 1)), flush)
+        quantized = int(QUANTIZED_SHARE * share * context_length * QUANTIZED_PER_TOKEN)
+        return cls(sinks, min(MAX_WINDOW, max(1, tokens - sinks - flush + 1)), flush, min(MAX_QUANTIZED, quantized))
 
     @property
     def max_tokens(self) -> int:

@@ -13,17 +13,22 @@ from ib_analysis.cache.plan import QUANTIZED_FORM
 class QuantizedWindow:
     """Consecutive positions of B sequences and H_kv heads, the oldest first. Padding has a position, but is not stored."""
 
-    def __init__(self, keys: Tensor, values: Tensor, present: Tensor, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, tokens: PackedTokens, batch: int, length: int, mask: Tensor | None) -> None:
+        """`length` positions of `batch` sequences, of which `mask` bool [B, length] holds tokens; None if all do."""
+        self.tokens, self.batch, self.length, self.mask = tokens, batch, length, mask
+        self.heads = len(tokens.lengths) // batch
+
+    @classmethod
+    def pack(cls, keys: Tensor, values: Tensor, present: Tensor, dtype: torch.dtype, backend: Backend) -> QuantizedWindow:
         """Stores keys and values [B, H_kv, n, D] of the tokens `present`, bool [B, n]; others are padding."""
-        self.batch, self.heads, self.length = keys.shape[:3]
-        self.mask = _if_padded(present)  # bool [B, n]; None if nothing is padding
-        lengths = self._lengths(present)
+        batch, heads, length, _ = keys.shape
+        lengths = _run_lengths(present, heads)
         pairs = torch.arange(len(lengths), dtype=torch.int32, device=keys.device)
         rows = present[:, None].expand(keys.shape[:3]).flatten().nonzero()[:, 0]
         packed = quantize_pack(
             QUANTIZED_FORM[0], keys, values, rows, lengths, pairs, *QUANTIZED_FORM[1:], raw_dtype=dtype, backend=backend
         )
-        self.tokens = PackedTokens(packed, dtype, backend)
+        return cls(PackedTokens(packed, dtype, backend), batch, length, _if_padded(present))
 
     def __len__(self) -> int:
         return self.length
@@ -48,14 +53,14 @@ class QuantizedWindow:
     def append(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
         """As many newer positions as keys and values [B, H_kv, n, D] have."""
         where = present[:, None].expand(keys.shape[:3])
-        self.tokens.append(keys[where], values[where], self._lengths(present))
+        self.tokens.append(keys[where], values[where], _run_lengths(present, self.heads))
         self.mask = _if_padded(torch.cat([self.present, present], 1))
         self.length += keys.shape[2]
 
     def drop(self, count: int) -> None:
         """Forgets so many of the oldest positions."""
         present = self.present
-        self.tokens = self.tokens.without_first(self._lengths(present[:, :count]))
+        self.tokens = self.tokens.without_first(_run_lengths(present[:, :count], self.heads))
         self.mask = _if_padded(present[:, count:])
         self.length -= count
 
@@ -73,9 +78,10 @@ class QuantizedWindow:
         held = list(self.tokens.tensors().values())
         return held if self.mask is None else [*held, self.mask]
 
-    def _lengths(self, present: Tensor) -> Tensor:
-        """Tokens of each (sequence, head) pair: int32 [B * H_kv]."""
-        return present.sum(1, dtype=torch.int32).repeat_interleave(self.heads)
+
+def _run_lengths(present: Tensor, heads: int) -> Tensor:
+    """Tokens of each (sequence, head) pair: int32 [B * H_kv]."""
+    return present.sum(1, dtype=torch.int32).repeat_interleave(heads)
 
 
 def _if_padded(present: Tensor) -> Tensor | None:

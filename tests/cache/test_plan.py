@@ -14,8 +14,10 @@ from ib_analysis.cache.plan import (
     EVICTED,
     FULL,
     MAX_FLUSH,
+    MAX_QUANTIZED,
     MAX_SINKS,
     MAX_WINDOW,
+    QUANTIZED_FORM,
     RAW,
     HeadPlan,
     Recent,
@@ -83,11 +85,14 @@ def test_tokens_leave_just_after_that_length(recent, length):
 
 
 @untimed
-@given(st.floats(1e-4, 1), st.integers(1, 10**5))
-def test_sinks_and_window_take_at_most_a_quarter_of_a_budget(share, length):
+@given(st.floats(1e-4, 1), st.integers(1, 10**5), st.sampled_from([64, 80, 96, 128, 256]))
+def test_sinks_and_windows_take_at_most_a_quarter_of_a_budget(share, length, head_dim):
     recent = Recent.within(share, length)
     assert 1 <= recent.sinks <= MAX_SINKS and 1 <= recent.window <= MAX_WINDOW and 1 <= recent.flush <= MAX_FLUSH
-    assert recent.max_tokens <= max(2, share * length / 4)  # at least a sink and a token of the window
+    assert recent.max_tokens <= max(2, share * length / 8)  # at least a sink and a token of the window
+    quantized_bytes = tokens_nbytes(QUANTIZED_FORM[0], recent.quantized, head_dim, *QUANTIZED_FORM[1:])
+    once_bytes = tokens_nbytes(QUANTIZED_FORM[0], 0, head_dim, *QUANTIZED_FORM[1:])
+    assert recent.quantized <= MAX_QUANTIZED and quantized_bytes - once_bytes <= share * length / 8 * 4 * head_dim
 
 
 def test_one_plan_of_each_head():

@@ -20,7 +20,7 @@ def block(tokens, generator):
 def test_it_holds_what_came_last_whatever_else_is_done(steps, seed):
     generator = torch.Generator().manual_seed(seed)
     keys, values, present = block(6, generator)
-    window = QuantizedWindow(keys, values, present, torch.float16, "reference")
+    window = QuantizedWindow.pack(keys, values, present, torch.float16, "reference")
     held = list(window.unpack())
     for step, number in steps:
         if step == "append":
@@ -50,8 +50,8 @@ def test_it_holds_what_came_last_whatever_else_is_done(steps, seed):
 
 def test_a_mask_is_held_only_where_there_is_padding():
     keys, values, _ = block(4, torch.Generator().manual_seed(0))
-    full = QuantizedWindow(keys, values, torch.ones(BATCH, 4, dtype=torch.bool), torch.float16, "reference")
-    padded = QuantizedWindow(keys, values, torch.arange(4).expand(BATCH, -1) > 1, torch.float16, "reference")
+    full = QuantizedWindow.pack(keys, values, torch.ones(BATCH, 4, dtype=torch.bool), torch.float16, "reference")
+    padded = QuantizedWindow.pack(keys, values, torch.arange(4).expand(BATCH, -1) > 1, torch.float16, "reference")
     assert len(padded.tensors()) == len(full.tensors()) + 1
     padded.drop(2)
     assert len(padded.tensors()) == len(full.tensors())
@@ -60,5 +60,5 @@ def test_a_mask_is_held_only_where_there_is_padding():
 def test_16_bit_models_are_read_as_they_are():
     keys, values, present = block(5, torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float16):
-        window = QuantizedWindow(keys.to(dtype), values.to(dtype), present, dtype, "reference")
+        window = QuantizedWindow.pack(keys.to(dtype), values.to(dtype), present, dtype, "reference")
         assert (window.unpack()[1] - values * present[:, None, :, None]).norm() < 0.2 * values.norm()

@@ -1,0 +1,149 @@
+"""Random sequences of everything that can be done to a cache: what holds all tokens at 16 bits answers as DynamicCache does.
+
+`python tests/cache/test_operations.py 10000` tries so many.
+"""
+
+import sys
+from random import Random
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from ib_analysis.cache.attention import cache_argument, use_attention
+from ib_analysis.cache.compressed import CompressedCache
+from ib_analysis.cache.plan import RAW, Recent
+from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.shape import cache_shape
+from ib_analysis.scorers import SCORERS
+
+MOST_SEQUENCES = 4
+
+
+def small_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    use_attention(model)
+    return model
+
+
+class Pair:
+    """A compressed cache and a DynamicCache that are treated alike; `mask` [B, T] says which positions are no padding."""
+
+    def __init__(self, model, rng):
+        self.model, self.rng = model, rng
+        recent = Recent(rng.randint(0, 3), rng.randint(0, 6), rng.randint(1, 5))
+        self.spec = CacheSpec(cache_shape(model.config), recent, SCORERS["value_aware"])
+        self.cache = CompressedCache(self.spec, self.spec.uniform(RAW))
+        self.reset()
+
+    def reset(self):
+        self.cache.reset()
+        self.full = DynamicCache(config=self.model.config)
+        self.mask = torch.ones(self.rng.randint(1, 3), 0, dtype=torch.int64)
+        self.cropped = False
+
+    def read(self):
+        """A block, of a few tokens mostly; sometimes padded on the left, each sequence by another number."""
+        length = self.rng.choice([1, 1, 1, 2, 3, 5, 8, 20])
+        pads = [self.rng.randrange(length) if self.rng.random() < 0.3 else 0 for _ in self.mask]
+        ids = torch.tensor([[self.rng.randrange(50) for _ in range(length)] for _ in self.mask])
+        new = torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads])
+        self.mask = torch.cat([self.mask, new], 1)
+        inputs = {"input_ids": ids, "position_ids": (self.mask.cumsum(1) - 1).clamp(min=0)[:, -length:]}
+        if not bool(self.mask.all()):
+            inputs["attention_mask"] = self.mask
+        expected, found = (self.model(**inputs, **cache_argument(self.model, cache)).logits for cache in (self.full, self.cache))
+        there = new.bool()
+        assert (found - expected)[there].abs().max() < 0.02 * expected[there].std() + 1e-3
+
+    def crop(self):
+        count = self.rng.randint(1, 4)
+        if count >= self.mask.shape[1]:
+            return
+        before = self.cache.nbytes
+        try:
+            self.cache.crop(-count)
+        except ValueError:  # compressed already: then nothing may have changed
+            assert self.cache.nbytes == before
+            return
+        self.full.crop(-count)
+        self.mask = self.mask[:, :-count]
+        self.cropped = True
+
+    def reorder(self):
+        order = torch.tensor([self.rng.randrange(len(self.mask)) for _ in self.mask])
+        self.cache.reorder_cache(order)
+        self.full.reorder_cache(order)
+        self.mask = self.mask[order]
+
+    def select(self):
+        """Fewer or more sequences, named by numbers."""
+        count = self.rng.randint(1, MOST_SEQUENCES)
+        indices = torch.tensor([self.rng.randrange(len(self.mask)) for _ in range(count)])
+        self.cache.batch_select_indices(indices)
+        self.full.batch_select_indices(indices)
+        self.mask = self.mask[indices]
+
+    def repeat(self):
+        if 2 * len(self.mask) > MOST_SEQUENCES:
+            return
+        self.cache.batch_repeat_interleave(2)
+        self.full.batch_repeat_interleave(2)
+        self.mask = self.mask.repeat_interleave(2, 0)
+
+    def move(self):
+        for layer in self.cache.layers:
+            layer.offload()
+            layer.prefetch()
+
+    def refuse(self):
+        """What is wrong is refused before anything changes."""
+        before = self.cache.nbytes
+        wrong = len(self.mask) + 1
+        try:
+            self.model(torch.zeros(wrong, 1, dtype=torch.int64), **cache_argument(self.model, self.cache))
+        except ValueError:
+            assert self.cache.nbytes == before
+        else:
+            raise AssertionError("a batch of another size was taken")
+
+
+@torch.no_grad()
+def check(model, seed):
+    rng = Random(seed)
+    pair = Pair(model, rng)
+    pair.read()
+    for _ in range(rng.randint(1, 12)):
+        name = rng.choice(["read", "read", "read", "read", "crop", "reorder", "select", "repeat", "move", "refuse", "reset"])
+        if name == "reset":
+            pair.reset()
+            pair.read()
+        else:
+            getattr(pair, name)()
+        tokens = len(pair.mask), pair.mask.shape[1]
+        assert pair.cache.get_seq_length() == tokens[1]
+        if bool(pair.mask.all()) and not pair.cropped:  # what is compressed stays so
+            assert pair.cache.nbytes == tokens[0] * pair.spec.nbytes(pair.spec.uniform(RAW), tokens[1])
+
+
+def test_a_cache_that_keeps_all_answers_as_the_full_cache():
+    model = small_model()
+    for seed in range(100):
+        check(model, seed)
+
+
+if __name__ == "__main__":
+    tried = small_model()
+    for number in tqdm(range(int(sys.argv[1]))):
+        check(tried, number)
