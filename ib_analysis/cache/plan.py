@@ -22,6 +22,7 @@ SLACK = 1e-9  # of shares, which are rounded
 MAX_LENGTH = 2**31 - 1  # of a context, in tokens
 WINDOW_SHARE, QUANTIZED_SHARE = 1 / 8, 1 / 8  # of a budget that sinks and window, and the quantized window, may take
 MAX_SINKS, MAX_WINDOW, MAX_FLUSH, MAX_QUANTIZED = 4, 32, 16, 128
+MIN_QUANTIZED = 4  # fewer are not worth what a head stores once for them
 QUANTIZED_FORM: Form = ("rotated", 4, 4)  # of tokens in the quantized window
 QUANTIZED_PER_TOKEN = 3.5  # of which so many take no more bytes than one at 16 bits, with scales and centres, for 64 channels
 
@@ -154,7 +155,8 @@ class Recent:
         sinks = min(MAX_SINKS, max(1, tokens // 4))
         flush = min(MAX_FLUSH, max(1, tokens // 4))
         quantized = int(QUANTIZED_SHARE * share * context_length * QUANTIZED_PER_TOKEN)
-        return cls(sinks, min(MAX_WINDOW, max(1, tokens - sinks - flush + 1)), flush, min(MAX_QUANTIZED, quantized))
+        quantized = 0 if quantized < MIN_QUANTIZED else min(MAX_QUANTIZED, quantized)
+        return cls(sinks, min(MAX_WINDOW, max(1, tokens - sinks - flush + 1)), flush, quantized)
 
     @property
     def max_tokens(self) -> int:

@@ -114,4 +114,5 @@ def _is_encoder(config: object) -> bool:
     """BERT and its kin have a causal head in transformers but are trained as encoders, which their config tells."""
     return getattr(config, "is_decoder", None) is False and getattr(config, "model_type", "") in (
         "bert", "roberta", "electra", "xlm-roberta", "camembert", "roformer", "rembert", "megatron-bert", "big_bird",
+        "data2vec-text", "ernie", "bert-generation", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "roc_bert",
     )  # fmt: skip

@@ -160,7 +160,14 @@ class Replay:
                 f"({error})"
             ) from error
         for i in spec.shape.compressible:
-            layer = self.context(i)
+            layer, heads = self.context(i), spec.shape.layers[i].kv_heads
+            if layer.keys is None:
+                raise UnsupportedModelError(f"layer {i} of {type(model).__name__} keeps no keys and values in its cache")
+            if not layer.keys.shape == layer.values.shape == (heads, self.length, spec.shape.layers[i].head_dim):
+                raise UnsupportedModelError(
+                    f"layer {i} of {type(model).__name__} has keys {list(layer.keys.shape)} and values {list(layer.values.shape)}, "
+                    f"but its config tells of {heads} KV heads with {spec.shape.layers[i].head_dim} channels"
+                )
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")
         self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}

@@ -70,7 +70,7 @@ def as_version_1(path):
     tiers = [[{"share": tier.pop("token_share"), **tier} for tier in option["tiers"]] for option in header["options"]]
     header["options"] = [{**option, "tiers": renamed} for option, renamed in zip(header["options"], tiers)]
     header |= {"version": 1, "pinned": header.pop("recent"), "priced": header.pop("gradient_prompts")}
-    assert header.pop("checks") == []
+    assert header.pop("checks") == [] and header["pinned"].pop("quantized") == 0
     save_tensors(path, {**tensors, "error_bits": torch.zeros_like(tensors["loss_bits"])}, header)
 
 
