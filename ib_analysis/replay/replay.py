@@ -165,8 +165,9 @@ class Replay:
                 raise UnsupportedModelError(f"layer {i} of {type(model).__name__} keeps no keys and values in its cache")
             if not layer.keys.shape == layer.values.shape == (heads, self.length, spec.shape.layers[i].head_dim):
                 raise UnsupportedModelError(
-                    f"layer {i} of {type(model).__name__} has keys {list(layer.keys.shape)} and values {list(layer.values.shape)}, "
-                    f"but its config tells of {heads} KV heads with {spec.shape.layers[i].head_dim} channels"
+                    f"layer {i} of {type(model).__name__} has keys {list(layer.keys.shape)} and values "
+                    f"{list(layer.values.shape)}, but its config tells of {heads} KV heads with "
+                    f"{spec.shape.layers[i].head_dim} channels"
                 )
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, nan
 from numbers import Real
@@ -208,7 +208,8 @@ def _examples_in_time(
 
 def full_allocation(model: PreTrainedModel, scorer: Scorer, objective: str = USABLE) -> Allocation:
     """Nothing is compressed: the whole budget."""
-    spec = CacheSpec(cache_shape(model.config), Recent.within(1.0, PROMPT_LENGTH), scorer)
+    recent = replace(Recent.within(1.0, PROMPT_LENGTH), quantized=0)
+    spec = CacheSpec(cache_shape(model.config), recent, scorer)
     return Allocation(
         model=model_fingerprint(model.config),
         spec=spec,

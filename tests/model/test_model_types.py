@@ -5,6 +5,7 @@
 
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,11 @@ SMALL = {  # by all the names that configs have for these
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "num_key_value_heads", "max_window_layers"), 2),
-    **{"vocab_size": 100, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1},
+    "vocab_size": 100,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
 }
 MORE = {"head_dim": 16, "rotary_dim": 16}
@@ -41,26 +46,27 @@ WINDOW = {"sliding_window": 16}  # where a model has layers without one, too
 
 def small_model(kind):
     """None if there is no such model in this size."""
-    make = transformers.CONFIG_MAPPING[kind]
     for sizes in ({**SMALL, **MORE}, SMALL):
-        try:
-            config = make()
-            text = config.get_text_config(decoder=True)
-            window = WINDOW if getattr(text, "layer_types", None) else {"sliding_window": None}
-            known = {name: size for name, size in {**sizes, **window}.items() if hasattr(text, name)}
-            if text is config:
-                config = make(**known)
-            else:
-                for name, size in known.items():
-                    setattr(text, name, size)
+        with suppress(Exception):  # whatever a class says of sizes that it does not take
+            config = small_config(kind, sizes)
             with torch.device("meta"):
                 parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
             if parameters <= MOST_PARAMETERS:
                 torch.manual_seed(0)
                 return AutoModelForCausalLM.from_config(config).eval()
-        except Exception:  # noqa: BLE001, S112 - whatever a class says of sizes that it does not take
-            continue
     return None
+
+
+def small_config(kind, sizes):
+    config = transformers.CONFIG_MAPPING[kind]()
+    text = config.get_text_config(decoder=True)
+    window = WINDOW if getattr(text, "layer_types", None) else {"sliding_window": None}
+    known = {name: size for name, size in {**sizes, **window}.items() if hasattr(text, name)}
+    if text is config:
+        return type(config)(**known)
+    for name, size in known.items():
+        setattr(text, name, size)
+    return config
 
 
 @torch.no_grad()
@@ -74,7 +80,7 @@ def outcome(kind):
     ids = torch.randint(3, 99, (1, 40), generator=torch.Generator().manual_seed(1))
     try:
         expected = read(model, ids, DynamicCache(config=model.config))
-    except Exception:  # noqa: BLE001
+    except Exception:
         return None
     nothing = torch.zeros(0, dtype=torch.int64)
     try:
