@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ib_analysis.search.profile import Profile
 
 SAVE_EVERY = 8  # prompts
 LEARNED_UNTIL, PRICES_UNTIL = 0.4, 0.75  # of the time that a search may take
-SAME = ("model", "context_length", "settings")  # of a profile that is used again, beside its spec
+LEARNED_PROMPTS = "learned_prompts"  # a setting, of a search that had too little time to learn from all
 
 
 def calibrate(
@@ -42,23 +43,17 @@ def calibrate(
 ) -> Profile:
     """A profile with prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
-    `settings` say how the prompts were made; a file with other settings, scorer, sinks or window is overwritten, as is one with
-    options that are not used here, of a format without kernels on a GPU. A clock may cut it short: then prices are those of the
-    prompts so far, at least one. Bases of keys, and a learned scorer without weights, are fitted first, and in the profile's spec
-    and that of `replays` from then on.
+    `settings` say how the prompts were made; a file with other settings, scorer, sinks or windows is overwritten, as is one with
+    options that are not used here, of a format without kernels on a GPU: `own_path` names another. A clock may cut it short: then
+    prices are those of the prompts so far, at least one. Bases of keys, and a learned scorer without weights, are fitted first,
+    and in the profile's spec and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
     """
     seed = int(seed)  # NumPy's integers are no seeds to PyTorch
     profile = _new_profile(replays, context_length, settings | {"seed": seed})
     if path is not None and path.exists():
         found = Profile.load(path)
-        if (found.model, found.settings["weights"]) != (profile.model, profile.settings["weights"]):
-            raise ProfileMismatchError(
-                f"{path} is the profile of a model with another config or other weights: name another file"
-            )
-        alike = profile.spec in (found.spec, replace(found.spec, bases=None), unfitted(found.spec))
-        alike = alike and set(found.options) <= set(profile.options)  # fewer, from a GPU or an older version, are no fault
-        if alike and all(getattr(found, name) == getattr(profile, name) for name in SAME):
+        if _is_of(found, profile, path) and found.settings == profile.settings:
             profile = found
     clock = clock or Clock()
     turns_keys = any(FORMATS[plan.format].turns_keys for plan in profile.options)
@@ -76,10 +71,28 @@ def calibrate(
         bases = fit_bases(profile.spec, moments) if turns_keys else None
         profile.spec = replace(profile.spec, scorer=scorer, bases=bases)
         if len(rows) < prompts_to_read(replays):  # said in the file, so that a search with more time learns again
-            profile.settings = profile.settings | {"learned_prompts": len(rows)}
+            profile.settings = profile.settings | {LEARNED_PROMPTS: len(rows)}
     replays.spec = profile.spec
     clock.attempt("gradients", lambda: _add_prices(profile, replays, seed, path), PRICES_UNTIL, begin_late=True)
     return profile
+
+
+def own_path(path: Path, replays: Replays, context_length: int, *, settings: dict[str, Any], seed: int = 0) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that is not there yet, or holds this calibration: the hours of another
+    budget, or of other prompts, are not overwritten. Raises as `calibrate` does."""
+    profile = _new_profile(replays, context_length, settings | {"seed": int(seed)})
+    candidates = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(path for path in candidates if not path.exists() or _is_of(Profile.load(path), profile, path))
+
+
+def _is_of(found: Profile, profile: Profile, path: Path) -> bool:
+    """Whether a profile from a file is of the same calibration, be it that it learned from fewer prompts."""
+    if (found.model, found.settings["weights"]) != (profile.model, profile.settings["weights"]):
+        raise ProfileMismatchError(f"{path} is the profile of a model with another config or other weights: name another file")
+    alike = profile.spec in (found.spec, replace(found.spec, bases=None), unfitted(found.spec))
+    alike = alike and set(found.options) <= set(profile.options)  # fewer, from a GPU or an older version, are no fault
+    settings = {name: value for name, value in found.settings.items() if name != LEARNED_PROMPTS}
+    return alike and found.context_length == profile.context_length and settings == profile.settings
 
 
 def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None) -> None:
@@ -97,8 +110,8 @@ def _add_prices(profile: Profile, replays: Replays, seed: int, path: Path | None
     with closing(replays.each(prices_of, range(known, len(replays)), "gradients")) as found:
         for prices in found:
             profile.prompt_prices = np.concatenate([profile.prompt_prices, prices[None]])
-            count = len(profile.prompt_prices)
-            if path is not None and (count % SAVE_EVERY == 0 or count == len(replays)):
+            priced = len(profile.prompt_prices)
+            if path is not None and (priced % SAVE_EVERY == 0 or priced == len(replays)):
                 profile.save(path)
 
 

@@ -30,7 +30,7 @@ from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import DEFAULT, Scorer, get_scorer, scorer_to_json
 from ib_analysis.search.allocation import Allocation
 from ib_analysis.search.budget import Budget
-from ib_analysis.search.calibration import calibrate
+from ib_analysis.search.calibration import calibrate, own_path
 from ib_analysis.search.clock import Clock
 from ib_analysis.search.knapsack import Solution, curve
 from ib_analysis.search.objectives import OBJECTIVES, USABLE, objective_names, objective_tables
@@ -140,7 +140,8 @@ def optimal_allocation(
             them.
         question_aware: whether the scorer sees a prompt's first question before the cache is compressed.
         profile_path: where the calibration is saved; a killed one goes on from there, a finished one is used again
-            if prompts, scorer, sinks and window (which the budget decides) are the same.
+            if prompts, scorer, sinks and windows (which the budget decides) are the same. Another one stays as it is, and this
+            is saved beside it, as NAME-2.safetensors, say.
         minutes: about how long it may take; by default as long as its stages need: prices of all options from gradients, a check
             of them on a sample of heads, measurement of the options that could change the choice if the check fails, a decision
             on prompts that none of these has seen. What is cut short, by the time or by Ctrl-C, leaves
@@ -257,13 +258,13 @@ def prepare(
             f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
             stacklevel=3,
         )
-    path = None if profile_path is None else Path(profile_path)
-    if path is not None:
-        check_writable(path)
-        scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
     calibration, clock = Replays(model, spec, calibrating), clock or Clock()
     calibration.check = clock.check
-    settings = {"question_aware": question_aware}
+    settings, path = {"question_aware": question_aware}, None
+    if profile_path is not None:
+        check_writable(Path(profile_path))
+        scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
+        path = own_path(Path(profile_path), calibration, length, settings=settings, seed=seed)
     profile = calibrate(calibration, length, settings=settings, seed=seed, path=path, clock=clock)
     validation = Replays(model, profile.spec, deciding)  # of which the scorer may have been fitted
     validation.check = clock.check

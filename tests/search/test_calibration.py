@@ -1,6 +1,7 @@
 """Which saved calibrations are used again."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
-from ib_analysis.search.calibration import calibrate
+from ib_analysis.search.calibration import calibrate, own_path
 from ib_analysis.search.profile import Profile
 
 pytestmark = pytest.mark.slow
@@ -97,6 +98,35 @@ def test_a_killed_calibration_goes_on(bench, tmp_path, monkeypatch):
     resumed = calibrate(replays, LENGTH, path=path, settings={}, seed=1)
     assert calls == 100 + len(replays) - 8
     np.testing.assert_array_equal(resumed.prompt_prices, expected.prompt_prices)
+
+
+def test_another_calibration_is_saved_beside_the_first(small_llama, small_prompts, tmp_path):
+    path = tmp_path / "profile.safetensors"
+    examples = make_examples(small_llama, None, small_prompts[:3])
+
+    def place(recent=RECENT, seed=0, length=LENGTH, prompts=examples):
+        replays = Replays(small_llama, CacheSpec(cache_shape(small_llama.config), recent, SCORERS["value_aware"]), prompts)
+        found = own_path(path, replays, length, settings={}, seed=seed)
+        if not found.exists():
+            calibrate(replays, length, settings={}, seed=seed, path=found)
+        return found.name
+
+    other = replace(RECENT, window=RECENT.window + 1)
+    names = [
+        place(),
+        place(other),
+        place(),
+        place(other),
+        place(seed=1),
+        place(other, length=LENGTH + 1),
+        place(prompts=examples[:2]),
+    ]
+    numbers = ["", "-2", "", "-2", "-3", "-4", "-5"]
+    assert names == [f"profile{number}.safetensors" for number in numbers]
+    learned_less = Profile.load(path)
+    learned_less.settings |= {"learned_prompts": 1}
+    learned_less.save(path)
+    assert place() == path.name  # learns again in the same place
 
 
 def test_a_model_trained_further_is_calibrated_again(bench, embedded, tmp_path):
