@@ -258,13 +258,14 @@ def prepare(
             f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
             stacklevel=3,
         )
+    path = None if profile_path is None else Path(profile_path)
+    if path is not None:
+        check_writable(path)
+        scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
     calibration, clock = Replays(model, spec, calibrating), clock or Clock()
     calibration.check = clock.check
-    settings, path = {"question_aware": question_aware}, None
-    if profile_path is not None:
-        check_writable(Path(profile_path))
-        scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work
-        path = own_path(Path(profile_path), calibration, length, settings=settings, seed=seed)
+    settings = {"question_aware": question_aware}
+    path = None if path is None else own_path(path, calibration, length, settings=settings, seed=seed)
     profile = calibrate(calibration, length, settings=settings, seed=seed, path=path, clock=clock)
     validation = Replays(model, profile.spec, deciding)  # of which the scorer may have been fitted
     validation.check = clock.check
