@@ -141,12 +141,12 @@ class ByteLimit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes at the context length, sinks and window included."""
+        """Bytes at the context length, sinks and windows included."""
         return int(self.share * self.spec.shape.bytes_per_token * self.context_length) - self.lowered_bytes
 
     @property
     def spare(self) -> int:
-        """Bytes at the context length for all tokens but sinks and window."""
+        """Bytes at the context length for all tokens but sinks and windows."""
         return self.nbytes - self.spec.recent_bytes(self.context_length)
 
     @property
@@ -155,7 +155,7 @@ class ByteLimit:
         return min(LONGEST * self.context_length, self.context_length + BEYOND)
 
     def lowered(self, nbytes: int) -> ByteLimit:
-        """Less by so many bytes, but not below sinks and window, which stay within the share."""
+        """Less by so many bytes, but not below sinks and windows, which stay within the share."""
         return replace(self, lowered_bytes=self.lowered_bytes + min(nbytes, max(0, self.spare)))
 
     def excess(self, plans: Plans) -> int:
@@ -184,7 +184,7 @@ class ByteLimit:
         return 1
 
     def check(self) -> None:
-        """Raises BudgetError, with the minimum, if not even sinks and window fit from the context length on."""
+        """Raises BudgetError, with the minimum, if not even sinks and windows fit from the context length on."""
         if self.excess(self.spec.null_plans) == 0:
             return
         fullest = self.spec.recent.before_leaving(self.context_length)
@@ -192,7 +192,7 @@ class ByteLimit:
         enough = _rounded_up(minimum / full)
         raise BudgetError(
             f"a budget of {self.share:.4g} of the cache is {int(self.share * full):,} bytes at {fullest} tokens, but sinks and "
-            f"window take {minimum:,}: ask for at least {enough:.4g}, or for a longer context (longer prompts)"
+            f"windows take {minimum:,}: ask for at least {enough:.4g}, or for a longer context (longer prompts)"
         )
 
     def _over(self, plans: Plans, lengths: Sequence[int] | np.ndarray) -> np.ndarray:

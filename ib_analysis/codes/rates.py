@@ -11,7 +11,7 @@ from ib_kernels import RUN_BYTES, SideName, get_format, side_nbytes
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from ib_analysis.cache.plan import RAW, Head, HeadPlan, Plans, Tier, plan_of
+from ib_analysis.cache.plan import QUANTIZED_FORM, RAW, Head, HeadPlan, Plans, Tier, plan_of
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.codes.gathered import SIDES, Gathered, TierSide, sides_of
 from ib_analysis.model.shape import ELEMENT_BYTES
@@ -22,7 +22,7 @@ class Rate:
     """Bits per context token.
 
     `code_bits` is the memoryless code rate: entropies of the codes of each channel, side information as it is stored, and
-    which tokens were kept. `tight_bits` is less by what channels share if they are Gaussian. Sinks and window are stored
+    which tokens were kept. `tight_bits` is less by what channels share if they are Gaussian. Sinks and windows are stored
     but not counted in either: they are given, not compressed.
     """
 
@@ -53,6 +53,7 @@ class CodeRates:
         self.shape = spec.shape
         self.lengths = np.array(lengths, dtype=np.int64)
         self.tokens: NDArray[np.int64] = spec.recent.compressible(self.lengths)  # of each prompt
+        self.past_window: NDArray[np.int64] = spec.recent.past_window(self.lengths)
         self._token_bits: dict[tuple[TierSide, Head], tuple[float, float]] = {}  # entropy of the codes, what channels share
         for side, found in gathered.items():
             shared = found.total_correlation_bits().nan_to_num(0)
@@ -86,9 +87,15 @@ class CodeRates:
         if head_plan is None:
             stored, metadata = float(self.lengths.sum() * 8 * ELEMENT_BYTES * dim), 0.0
         else:
-            stored += float((self.lengths - self.tokens).sum() * 8 * ELEMENT_BYTES * dim)
+            stored += self._window_bits(side, dim)
         total = self.lengths.sum()
         return Rate(stored / total, entropy / total, (entropy + metadata + mask) / total, (tight + metadata + mask) / total)
+
+    def _window_bits(self, side: SideName, dim: int) -> float:
+        """Of a head's sinks and windows."""
+        quantized = self.past_window - self.tokens
+        bits = _stored_bits(QUANTIZED_FORM[0], Tier(1.0, *QUANTIZED_FORM[1:]), side, quantized, dim) * (quantized > 0)
+        return float(((self.lengths - self.past_window) * 8 * ELEMENT_BYTES * dim + bits).sum())
 
 
 def metadata_bits(plan: HeadPlan, tier: int, side: SideName, tokens: NDArray[np.int64], dim: int) -> float:

@@ -45,11 +45,11 @@ def information(
     """A row for the keys, the values and both of every head that can be compressed; the last row is the whole cache.
 
     Bits per context token:
-        stored_bits: every byte that is held, sinks and window at 16 bits included; exact.
+        stored_bits: every byte that is held, sinks and windows included; exact.
         code_entropy_bits: entropies of the integer codes of each channel, Miller-Madow corrected, summed over kept tokens.
             Of a token at 16 bits it is the entropy of sign and exponent and the whole mantissa (flag "raw floats").
         code_rate_bits: the memoryless code rate: code_entropy_bits, scales and minima as they are stored, and the mask of
-            kept tokens (with the keys). An upper bound on what the codes hold; sinks and window are given and not counted.
+            kept tokens (with the keys). An upper bound on what the codes hold; sinks and windows are given and not counted.
         tight_code_rate_bits: less by the Gaussian total correlation of the codes.
         dithered_bits, dithered_upper_bits: I(X; X + N), N independent noise with the power of each channel's error: the
             value for Gaussian X, and an upper bound for any X if N is uniform.

@@ -88,7 +88,7 @@ class Profile:
         )
 
     def nbytes(self) -> NDArray[np.int64]:
-        """Bytes [U, O] of each option at the context length, sinks and window left out."""
+        """Bytes [U, O] of each option at the context length, sinks and windows left out."""
         tokens, shape = self.spec.recent.compressible(self.context_length), self.spec.shape
         return np.stack([_options_nbytes(self.options, tokens, shape.layers[layer].head_dim) for layer, _ in shape.heads])
 

@@ -341,7 +341,7 @@ def test_a_budget_that_is_almost_too_small(small_llama):
     prompts = list(torch.randint(3, 64, (6, 70)))
     found = optimal_allocation(small_llama, 0.07, prompts=prompts)
     assert found.minimum_context <= found.context_length
-    with pytest.raises(BudgetError, match="sinks and window take"):
+    with pytest.raises(BudgetError, match="sinks and windows take"):
         optimal_allocation(small_llama, 0.02, prompts=prompts)
 
 

@@ -111,7 +111,7 @@ def test_the_choice_of_least_loss_within_the_limit(share):
 
 
 def test_a_limit_below_sinks_and_window_is_refused():
-    with pytest.raises(BudgetError, match="sinks and window take"):
+    with pytest.raises(BudgetError, match="sinks and windows take"):
         small_profile().limit(1 / 100)
 
 
