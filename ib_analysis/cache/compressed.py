@@ -13,7 +13,7 @@ from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.layer import CompressedLayer
 from ib_analysis.cache.masks import MaskCheck
 from ib_analysis.cache.plan import Plans
-from ib_analysis.cache.saved_cache import fill_layers, read_cache, write_cache
+from ib_analysis.cache.saved_cache import fill_layers, plans_of, read_cache, write_cache
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.model.devices import input_device
@@ -72,11 +72,11 @@ class CompressedCache(Cache):
         Raises CorruptFileError if the file was cut or edited, ProfileMismatchError if another model filled the cache, for a model
         that is spread over devices, and for another version or contents; FileNotFoundError.
         """
-        spec, plans, tensors, numbers = read_cache(Path(path), model)
-        cache = cls(spec, plans)
+        tensors, header = read_cache(Path(path), model)
         try:
-            fill_layers(cache.layers, tensors, numbers, input_device(model))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            cache = cls(*plans_of(tensors, header))
+            fill_layers(cache.layers, tensors, header["layers"], input_device(model))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ProfileMismatchError(f"{path} has other contents than a cache ({error!r}): fill it again") from error
         use_attention(model)
         return cache

@@ -48,8 +48,8 @@ def write_cache(path: Path, spec: CacheSpec, plans: Plans, layers: list[CacheLay
     save_tensors(path, tensors, header)
 
 
-def read_cache(path: Path, model: PreTrainedModel) -> tuple[CacheSpec, Plans, dict[str, Tensor], list[dict[str, Any]]]:
-    """(spec, plans, tensors, numbers of each layer) of a file. Raises as `CompressedCache.load` does."""
+def read_cache(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file that this model's cache was saved to. Raises as `CompressedCache.load` does."""
     tensors, header = load_tensors(path)
     if header.get("version") != VERSION:
         raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: fill the cache again")
@@ -57,12 +57,16 @@ def read_cache(path: Path, model: PreTrainedModel) -> tuple[CacheSpec, Plans, di
         raise ProfileMismatchError(f"{path} was filled by a model with another config or other weights: load that one")
     if is_dispatched(model):
         raise ProfileMismatchError("the model is spread over devices, where a saved cache cannot be put: load it on one")
-    spec = CacheSpec.from_json(header)
+    return tensors, header
+
+
+def plans_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[CacheSpec, Plans]:
+    spec = CacheSpec.from_json(dict(header))
     layers = tuple(tensors.get(f"bases.{i}") for i in range(len(spec.shape.layers)))
     if any(layer is not None for layer in layers):
         spec = replace(spec, bases=KeyBases(layers))
     plans = tuple(None if row is None else tuple(map(HeadPlan.from_json, row)) for row in header["plans"])
-    return spec, plans, tensors, header["layers"]
+    return spec, plans
 
 
 def fill_layers(
@@ -89,8 +93,9 @@ def fill_layers(
                 layer.quantized = QuantizedWindow(tokens, len(held["keys"]), length, mask)
         if {name for name, _ in _named_tensors(layer)} != held.keys():
             raise ValueError(f"layer {i} has tensors {sorted(held)}")
-        if layer.keys.shape != layer.values.shape or layer.keys.ndim != 4:
-            raise ValueError(f"layer {i} has keys {list(layer.keys.shape)} and values {list(layer.values.shape)}")
+        if layer.keys.shape != layer.values.shape or layer.keys.ndim != 4 or layer.keys.dtype != layer.values.dtype:
+            kinds = [f"{x.dtype} {list(x.shape)}" for x in (layer.keys, layer.values)]
+            raise ValueError(f"layer {i} has keys {kinds[0]} and values {kinds[1]}")
         if isinstance(layer, CompressedLayer):
             _check(layer)
     if len({layer.get_seq_length() for layer in layers}) > 1:
@@ -109,6 +114,9 @@ def _check(layer: CompressedLayer) -> None:
         raise ValueError(f"a layer of {len(layer.plans)} heads holds keys {list(layer.keys.shape)}")
     if exact != sinks + layer.cumulative_length - layer.start or held > layer.recent.quantized:
         raise ValueError(f"a layer holds {exact} tokens at 16 bits and {held} before these")
+    mask = layer.sink_mask
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, sinks)):
+        raise ValueError(f"a mask is {mask.dtype} {list(mask.shape)}")
     for part, (_, tiers) in zip(layer.packed, layer.forms):
         of_sequences = [[layer.plans[h].counts(n)[t] for h, t in tiers] for n in layer.compressible]
         run_heads = torch.tensor([h for h, _ in tiers], device=layer.keys.device)

@@ -56,7 +56,7 @@ def _draw_limits(axes: Axes, points: pd.DataFrame, rate: str) -> None:
     axes.plot(rates, time_sharing, color="0.3", linewidth=0.8, linestyle=(0, (1, 1)), label="random eviction (time sharing)")
     axes.plot(full[rate], full.retained_bits, "*", color="black", markersize=7, label="full cache", zorder=4)
     if null[rate] > 0:
-        axes.plot(null[rate], null.retained_bits, "x", color="black", markersize=5, label="null: only sinks and windows", zorder=4)
+        axes.plot(null[rate], null.retained_bits, "x", color="black", markersize=5, label="null: sinks and windows", zorder=4)
 
 
 def draw_local_plane(local: pd.DataFrame, path: str | Path | None = None) -> Figure:

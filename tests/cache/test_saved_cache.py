@@ -119,6 +119,46 @@ def test_what_is_no_cache_of_this_model_is_refused(tmp_path):
             CompressedCache.load(path, model)
 
 
+def changed_files(tensors, header):
+    """(what was changed, tensors, header), each sealed right but no cache's."""
+    for name, tensor in tensors.items():
+        if name.startswith("bases."):
+            continue
+        if not name.endswith("sink_mask"):  # without one, all have their sinks
+            yield f"{name} left out", {key: value for key, value in tensors.items() if key != name}, header
+        for said, other in (("cut", tensor[:-1]), ("longer", torch.cat([tensor, tensor[:1]])), ("cast", tensor.double())):
+            yield f"{name} {said}", {**tensors, name: other.contiguous()}, header
+        if name.endswith(("lengths", "pairs")):
+            yield f"{name} moved", {**tensors, name: tensor.roll(1) + 1}, header
+    yield "a tensor more", {**tensors, "layers.0.other": torch.zeros(1)}, header
+    for layer, numbers in enumerate(header["layers"]):
+        for name, number in numbers.items():
+            for other in (None, "3", -1, 10**12, 1.5, [], [1, 2, 3, 4]):
+                layers = [*header["layers"][:layer], {**numbers, name: other}, *header["layers"][layer + 1 :]]
+                if other != number:
+                    yield f"{name} of layer {layer} is {other!r}", tensors, {**header, "layers": layers}
+    for name in ("shape", "recent", "scorer", "plans", "layers"):
+        for other in (None, 3, "x", [], {}, [None]):
+            yield f"{name} is {other!r}", tensors, {**header, name: other}
+
+
+def test_contents_that_are_no_cache_s_are_refused_whatever_the_checksum(tmp_path):
+    model = small_model("llama")
+    spec = spec_of(model, Recent(2, 4, 4, 9))
+    cache, _, _ = filled(model, spec, compressing_plans(spec))
+    path = tmp_path / "cache"
+    cache.save(path, model)
+    taken = []
+    for said, tensors, header in changed_files(*load_tensors(path)):
+        save_tensors(path, tensors, header)
+        try:
+            CompressedCache.load(path, model)
+        except ProfileMismatchError:
+            continue
+        taken.append(said)
+    assert not taken, taken
+
+
 @torch.no_grad()
 def test_an_interrupted_cache_is_not_saved(tmp_path):
     model = small_model("llama")
