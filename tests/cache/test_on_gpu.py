@@ -23,7 +23,7 @@ TEXT = "The farmer sold the red apple to the old sailor, and the sailor kept the
 
 
 def continuation(model, ids, tokens):
-    spec = CacheSpec(cache_shape(model.config), Recent(4, 16, 16), SCORERS["value_aware"])
+    spec = CacheSpec(cache_shape(model.config), Recent(4, 16, 16, quantized=32), SCORERS["value_aware"])
     cache = CompressedCache(spec, (HEADS,) * len(model.model.layers))
     out = model.generate(
         ids, **cache_argument(model, cache), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
