@@ -149,9 +149,9 @@ class Recent:
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:
-        """An eighth of a budget at 16 bits and an eighth quantized, if that is not more than is of use; at least a sink and a
-        token of the window."""
-        tokens = int(WINDOW_SHARE * share * context_length)
+        """An eighth of a budget at 16 bits and an eighth quantized, rounded, if that is not more than is of use; at least a sink
+        and a token of the window."""
+        tokens = round(WINDOW_SHARE * share * context_length)
         sinks = min(MAX_SINKS, max(1, tokens // 4))
         flush = min(MAX_FLUSH, max(1, tokens // 4))
         quantized = int(QUANTIZED_SHARE * share * context_length * QUANTIZED_PER_TOKEN)
