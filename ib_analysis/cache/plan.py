@@ -144,8 +144,10 @@ class Recent:
                 raise ValueError(f"{name} is a whole number of tokens, {least} or more, not {number!r}")
 
     def __str__(self) -> str:
-        exact = f"{self.sinks} sinks and {self.window} to {self.window + self.flush - 1} recent tokens at 16 bits"
-        return exact + (f", {self.quantized} before these at {QUANTIZED_FORM[1]} bits" if self.quantized else "")
+        window = str(self.window) if self.flush == 1 else f"{self.window} to {self.window + self.flush - 1}"
+        sinks = "1 sink" if self.sinks == 1 else f"{self.sinks} sinks"
+        quantized = f", {self.quantized} before these at {QUANTIZED_FORM[1]} bits" if self.quantized else ""
+        return f"{sinks} and the {window} newest tokens at 16 bits{quantized}"
 
     @classmethod
     def within(cls, share: float, context_length: int) -> Recent:

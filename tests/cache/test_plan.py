@@ -95,6 +95,11 @@ def test_sinks_and_windows_take_at_most_a_quarter_of_a_budget(share, length, hea
     assert recent.quantized <= MAX_QUANTIZED and quantized_bytes - once_bytes <= share * length / 8 * 4 * head_dim
 
 
+def test_what_every_head_keeps_in_words():
+    assert str(Recent(1, 6, 1)) == "1 sink and the 6 newest tokens at 16 bits"
+    assert str(Recent(4, 9, 4, 55)) == "4 sinks and the 9 to 12 newest tokens at 16 bits, 55 before these at 4 bits"
+
+
 def test_one_plan_of_each_head():
     plans = (None, (RAW, EVICTED))
     assert plan_of(plans, (0, 1)) is None
