@@ -353,7 +353,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         indices = torch.arange(len(self.keys))[torch.as_tensor(indices, device="cpu")].to(self.keys.device)
         self.keys, self.values = self.keys[indices], self.values[indices]
         if self.sink_mask is not None:
-            self.sink_mask = self.sink_mask[indices]
+            mask = self.sink_mask[indices]
+            self.sink_mask = None if bool(mask.all()) else mask
         self.compressible = [self.compressible[b] for b in indices.tolist()]
         self.padding = [self.padding[b] for b in indices.tolist()]
         if self.quantized is not None:
