@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     answers = commands.add_parser("answers", help="what an allocation loses along a long answer")
     _add_model(answers)
     answers.add_argument("--allocation", type=Path, required=True, help="the allocation.json of `allocate`")
-    answers.add_argument("--texts", type=Path, help='JSON lines {"text": ...}: context and answer; by default our own')
+    answers.add_argument(
+        "--texts", type=Path, help='JSON lines {"text": ...}, each longer than the context and the answer; by default ours'
+    )
     answers.add_argument("--tokens", type=int, default=128, help="of the answer (128)")
     answers.add_argument("--csv", type=Path, help="write the table there")
     answers.set_defaults(run=_answers)

@@ -59,7 +59,8 @@ class CompressedCache(Cache):
         """Writes a safetensors file with all that the cache holds, as large as it is, and with its plans.
 
         `load` gives it back, in another process too, and it answers as this one would, to the bit. Raises ValueError if a step on
-        the cache was interrupted, UnknownNameError for a scorer that is in no registry.
+        the cache was interrupted, ProfileMismatchError for a model of another shape, UnknownNameError for a scorer that is in no
+        registry.
         """
         if self.is_broken:
             raise ValueError("the last step on this cache was interrupted or refused: call reset() and fill it again")
@@ -69,8 +70,8 @@ class CompressedCache(Cache):
     def load(cls, path: str | Path, model: PreTrainedModel) -> CompressedCache:
         """Reads what `save` wrote, onto the model's device, and switches the model to our attention function.
 
-        Raises CorruptFileError if the file was cut or edited, ProfileMismatchError if another model filled the cache, for a model
-        that is spread over devices, and for another version or contents; FileNotFoundError.
+        Raises CorruptFileError if the file was cut or edited, ProfileMismatchError if another model filled the cache, or the same
+        in another dtype, for a model that is spread over devices, and for another version or contents; FileNotFoundError.
         """
         tensors, header = read_cache(Path(path), model)
         try:

@@ -1,4 +1,4 @@
-"""What a cache keeps: tiers of tokens and bits for every KV head, and the tokens that stay at 16 bits."""
+"""What a cache keeps: tiers of tokens and bits for every KV head, and the tokens that every head keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WINDOW_SHARE, QUANTIZED_SHARE = 1 / 8, 1 / 8  # of a budget that sinks and windo
 MAX_SINKS, MAX_WINDOW, MAX_FLUSH, MAX_QUANTIZED = 4, 32, 16, 128
 MIN_QUANTIZED = 4  # fewer are not worth what a head stores once for them
 QUANTIZED_FORM: Form = ("rotated", 4, 4)  # of tokens in the quantized window
-QUANTIZED_PER_TOKEN = 3.5  # of which so many take no more bytes than one at 16 bits, with scales and centres, for 64 channels
+QUANTIZED_PER_TOKEN = 3.5  # so many of these tokens, with scales and centres, take no more bytes than one at 16 bits
 
 
 @dataclass(frozen=True)

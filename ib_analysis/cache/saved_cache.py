@@ -22,6 +22,7 @@ from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.files import load_tensors, save_tensors
 from ib_analysis.model.devices import is_dispatched
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
+from ib_analysis.model.shape import cache_shape
 
 VERSION = 1
 COUNTS = ("compressible", "padding", "start", "cumulative_length")  # of a compressed layer, beside its tensors
@@ -30,17 +31,18 @@ OF_LAYER = "layers.{}."
 
 def write_cache(path: Path, spec: CacheSpec, plans: Plans, layers: list[CacheLayerMixin], model: PreTrainedModel) -> None:
     """See `CompressedCache.save`."""
+    if cache_shape(model.config) != spec.shape:
+        raise ProfileMismatchError(f"the cache is not one of this {type(model).__name__}: pass the model that filled it")
     tensors = {
         OF_LAYER.format(i) + name: tensor.detach().cpu().contiguous()
         for i, layer in enumerate(layers)
         for name, tensor in _named_tensors(layer)
     }
     bases = () if spec.bases is None else spec.bases.layers
-    tensors |= {f"bases.{i}": layer for i, layer in enumerate(bases) if layer is not None}
+    tensors |= {f"bases.{i}": layer.cpu().contiguous().clone() for i, layer in enumerate(bases) if layer is not None}
     header = {
         "version": VERSION,
-        "model": model_fingerprint(model.config),
-        "weights": weights_digest(model),
+        **_identity(model),
         **replace(spec, bases=None).to_json(),
         "plans": [None if row is None else [asdict(plan) for plan in row] for row in plans],
         "layers": [_numbers(layer) for layer in layers],
@@ -53,8 +55,9 @@ def read_cache(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], d
     tensors, header = load_tensors(path)
     if header.get("version") != VERSION:
         raise ProfileMismatchError(f"{path} has format version {header.get('version')}, not {VERSION}: fill the cache again")
-    if (header.get("model"), header.get("weights")) != (model_fingerprint(model.config), weights_digest(model)):
-        raise ProfileMismatchError(f"{path} was filled by a model with another config or other weights: load that one")
+    for name, value in _identity(model).items():
+        if header.get(name) != value:
+            raise ProfileMismatchError(f"{path} was filled by a model with other {name}: load that one")
     if is_dispatched(model):
         raise ProfileMismatchError("the model is spread over devices, where a saved cache cannot be put: load it on one")
     return tensors, header
@@ -67,6 +70,14 @@ def plans_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[
         spec = replace(spec, bases=KeyBases(layers))
     plans = tuple(None if row is None else tuple(map(HeadPlan.from_json, row)) for row in header["plans"])
     return spec, plans
+
+
+def _identity(model: PreTrainedModel) -> dict[str, str]:
+    return {
+        "config": model_fingerprint(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_digest(model),
+    }
 
 
 def fill_layers(
@@ -136,7 +147,16 @@ def _check_part(layer: CompressedLayer, part: PackedTokens, lengths: Tensor, pai
     no_keys = layer.keys[:, :, :0].contiguous()
     form = packed.format, packed.key_bits, packed.value_bits
     empty = quantize_pack(
-        form[0], no_keys, no_keys, nothing, nothing.int(), nothing.int(), *form[1:], raw_dtype=part.dtype, bases=packed.bases
+        form[0],
+        no_keys,
+        no_keys,
+        nothing,
+        nothing.int(),
+        nothing.int(),
+        *form[1:],
+        raw_dtype=part.dtype,
+        backend="reference",
+        bases=packed.bases,
     )
     expected = PackedTokens(empty, part.dtype).tensors()
     for name, tensor in part.tensors().items():
@@ -148,7 +168,7 @@ def _check_part(layer: CompressedLayer, part: PackedTokens, lengths: Tensor, pai
 
 
 def _named_tensors(layer: CacheLayerMixin) -> Iterator[tuple[str, Tensor]]:
-    if layer.keys is None or layer.values is None or layer.keys.numel() == 0:
+    if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
         return
     yield "keys", layer.keys
     yield "values", layer.values

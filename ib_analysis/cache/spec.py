@@ -25,7 +25,7 @@ BLOCK = 2**16  # lengths that are tried at once
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The model's cache, the tokens that stay at 16 bits, the scorer that ranks the others, and the bases of their keys."""
+    """The model's cache, the tokens that every head keeps, the scorer that ranks the others, and the bases of their keys."""
 
     shape: CacheShape
     recent: Recent

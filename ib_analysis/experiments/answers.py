@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -49,15 +50,24 @@ def answer_losses(
     Raises CalibrationError for texts that are too short, ProfileMismatchError for the allocation of another model.
     """
     allocation.check_model(model)
-    if tokens < 1:
-        raise CalibrationError(f"an answer of {tokens} tokens says nothing: ask for at least one")
     context = allocation.context_length if context_length is None else context_length
-    length = context + tokens + 1
+    for name, number in (("tokens", tokens), ("context_length", context)):
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+            raise CalibrationError(f"{name} is a whole number of at least 1, not {number!r}")
+    length = int(context + tokens) + 1
     if texts is None:
         texts = [prompt.text for prompt in mixture("answers", TEXTS, length + MARGIN, ("text",))]
     rows = _token_rows(texts, tokenizer, length).to(input_device(model))
-    with borrowed(model):
-        found = [_losses(model, allocation, batch, context) for batch in rows.split(BATCH)]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if not bool(((rows >= 0) & (rows < vocabulary)).all()):
+        raise CalibrationError(
+            f"texts have tokens outside of the model's vocabulary, 0 to {vocabulary - 1}: use its own tokenizer"
+        )
+    try:
+        with borrowed(model):
+            found = [_losses(model, allocation, batch, int(context)) for batch in rows.split(BATCH)]
+    except IndexError as error:  # of an embedding: all tokens are in the vocabulary, so it is that of positions
+        raise CalibrationError(f"the model has fewer than {length - 1} positions: ask for fewer tokens") from error
     kl_bits = np.concatenate(found)  # [texts, tokens]
     table = []
     for first, last in _parts(tokens):
@@ -76,7 +86,7 @@ def _parts(tokens: int) -> list[tuple[int, int]]:
 
 def _token_rows(texts: Sequence[str | Tensor], tokenizer: PreTrainedTokenizerBase | None, length: int) -> Tensor:
     """The first `length` tokens of each: int64 [texts, length]."""
-    if isinstance(texts, str) or len(texts) == 0:
+    if isinstance(texts, str) or not hasattr(texts, "__len__") or len(texts) == 0:
         raise CalibrationError("texts is a list of at least one")
     rows = []
     for number, text in enumerate(texts):
@@ -84,14 +94,14 @@ def _token_rows(texts: Sequence[str | Tensor], tokenizer: PreTrainedTokenizerBas
             if tokenizer is None:
                 raise CalibrationError(f"text {number} needs a tokenizer: pass tokenizer=, or tensors of token ids")
             text = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
-        if not isinstance(text, Tensor) or text.ndim != 1 or text.is_floating_point():
+        if not isinstance(text, Tensor) or text.ndim != 1 or text.is_floating_point() or text.dtype == torch.bool:
             raise CalibrationError(f"text {number} is a {type(text).__name__}: pass texts, or 1-D tensors of token ids")
         if len(text) < length:
             raise CalibrationError(
-                f"text {number} has {len(text)} tokens, but context and answer take {length}: pass longer texts, or a "
-                "smaller context_length"
+                f"text {number} has {len(text)} tokens, but the context that the allocation is for and the answer take {length}: "
+                "pass longer texts"
             )
-        rows.append(text[:length].cpu())
+        rows.append(text[:length].to("cpu", torch.int64))
     return torch.stack(rows)
 
 
@@ -110,8 +120,8 @@ def _losses(model: PreTrainedModel, allocation: Allocation, ids: Tensor, context
 
 def answers_text(table: pd.DataFrame) -> str:
     """`answer_losses` as Markdown."""
-    rows = [
-        f"| {row.first_token} to {row.last_token} | {row.kl_bits:.4f} [{row.low_bits:.4f}, {row.high_bits:.4f}] |"
-        for row in table.itertuples()
-    ]
+    rows = []
+    for first, last, kl_bits, low, high in table.iloc[:, :5].itertuples(index=False):
+        interval = "" if math.isnan(low) else f" [{low:.4f}, {high:.4f}]"
+        rows.append(f"| {first} to {last} | {kl_bits:.4f}{interval} |")
     return "\n".join(["| tokens of the answer | loss in bits |", "|---|---:|", *rows])

@@ -136,11 +136,10 @@ def median_length(examples: Sequence[Example]) -> int:
 def check_lengths(examples: Sequence[Example], recent: Recent) -> None:
     """Raises CalibrationError, with the number of the prompt, if one leaves nothing to compress."""
     for number, example in enumerate(examples):
-        least = recent.max_tokens + recent.quantized
-        if len(example.prefill) <= least:
+        if recent.compressible(len(example.prefill)) == 0:
             raise CalibrationError(
-                f"prompt {number} has {len(example.prefill)} tokens before its question, not more than the {least} "
-                "that are never compressed: pass longer prompts"
+                f"prompt {number} has {len(example.prefill)} tokens before its question, all of which every head keeps "
+                f"({recent}): pass longer prompts"
             )
 
 

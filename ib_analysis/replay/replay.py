@@ -185,7 +185,7 @@ class Replay:
         return found
 
     def _ranks(self, layer: int) -> Tensor:
-        """Place of every token in the scorer's order, from 0; -1 for tokens at 16 bits: int64 [H_kv, N]."""
+        """Place of every token in the scorer's order, from 0; -1 for tokens that every head keeps: int64 [H_kv, N]."""
         scores = self.context(layer).scores
         position = torch.arange(self.length, device=scores.device)
         compressible = (position >= self.first) & (position < self.first + self.tokens)
@@ -297,11 +297,11 @@ class Replay:
 
     def _of_heads(self, layer: int, side: SideName, versions: Sequence[tuple[int, HeadPlan | None]]) -> Tensor:
         """Keys or values of each version's head: fp32 [V, N, D], as recent tokens are kept if the head has a plan."""
-        exact, kept = getattr(self.context(layer), side).float(), self.recent(layer, side)
+        exact, kept = getattr(self.context(layer), side).float(), self.with_windows(layer, side)
         return torch.stack([exact[h] if plan is None else kept[h] for h, plan in versions])
 
-    def recent(self, layer: int, side: SideName) -> Tensor:
-        """Keys or values fp32 [H_kv, N, D] with sinks and both windows as compressed heads keep them; the others at 16 bits."""
+    def with_windows(self, layer: int, side: SideName) -> Tensor:
+        """Keys or values fp32 [H_kv, N, D], the quantized window as heads with a plan keep it, all others at 16 bits."""
         x: Tensor = getattr(self.context(layer), side)
         kept = x.to(self.dtype).float()
         begin, end = self.first + self.tokens, self.first + self.spec.recent.past_window(self.length)

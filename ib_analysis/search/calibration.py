@@ -15,7 +15,7 @@ from ib_kernels import FORMATS
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ib_analysis.errors import CalibrationError, ProfileMismatchError
+from ib_analysis.errors import CalibrationError, CorruptFileError, ProfileMismatchError
 from ib_analysis.model.devices import input_device
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
 from ib_analysis.replay.replays import Replays
@@ -44,7 +44,7 @@ def calibrate(
     """A profile with prices. With `path` it is saved as it grows, and a killed calibration goes on from there.
 
     `settings` say how the prompts were made; a file with other settings, scorer, sinks or windows is overwritten, as is one with
-    options that are not used here, of a format without kernels on a GPU: `own_path` names another. A clock may cut it short: then
+    options that are not used here, of a format without kernels on a GPU (see `own_path`). A clock may cut it short: then
     prices are those of the prompts so far, at least one. Bases of keys, and a learned scorer without weights, are fitted first,
     and in the profile's spec and that of `replays` from then on.
     Raises ProfileMismatchError for the file of another model.
@@ -78,11 +78,21 @@ def calibrate(
 
 
 def own_path(path: Path, replays: Replays, context_length: int, *, settings: dict[str, Any], seed: int = 0) -> Path:
-    """`path`, or the first of `path`-2, `path`-3, ... that is not there yet, or holds this calibration: the hours of another
-    budget, or of other prompts, are not overwritten. Raises as `calibrate` does."""
+    """`path`, or the first of NAME-2, NAME-3, ... beside it that is not there yet, or holds this calibration: the hours of
+    another budget, or of other prompts, are not overwritten. Raises as `calibrate` does for `path` itself."""
     profile = _new_profile(replays, context_length, settings | {"seed": int(seed)})
-    candidates = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
-    return next(path for path in candidates if not path.exists() or _is_of(Profile.load(path), profile, path))
+    if not path.exists() or _is_of(Profile.load(path), profile, path):
+        return path
+    return next(beside for number in count(2) if _is_free(beside := path.with_stem(f"{path.stem}-{number}"), profile))
+
+
+def _is_free(path: Path, profile: Profile) -> bool:
+    if not path.exists():
+        return True
+    try:
+        return _is_of(Profile.load(path), profile, path)
+    except (CorruptFileError, ProfileMismatchError):  # somebody else's
+        return False
 
 
 def _is_of(found: Profile, profile: Profile, path: Path) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from ib_kernels import merge, partial_attention
+from ib_kernels import SideName, merge, partial_attention
 from torch import Tensor
 from transformers import Cache
 
@@ -132,10 +132,8 @@ def _exact(
     new_values = torch.stack([answered[layer].new_values.detach()[0, h] for layer, h in heads])
     recent = torch.tensor([*range(replay.first), *range(rest, replay.length)], device=new_keys.device)
     keys, values = (
-        torch.cat([torch.stack([kept[layer][h] for layer, h in heads])[:, recent], new.float()], dim=1)
-        for kept, new in (
-            ({layer: replay.recent(layer, side) for layer, _ in heads}, new) for side, new in zip(SIDES, (new_keys, new_values))
-        )
+        torch.cat([_of_heads(replay, side, heads)[:, recent], new.float()], dim=1)
+        for side, new in zip(SIDES, (new_keys, new_values))
     )
     length = new_keys.shape[1]
     groups = query.shape[1] // length
@@ -146,3 +144,9 @@ def _exact(
     learnt = [answered[layer].extras["s_aux"].detach().float().view(-1, groups)[h] for layer, h in heads]
     sink_lse = torch.stack(learnt)[:, :, None].expand(-1, -1, length).reshape(lse.shape)
     return merge([out, torch.zeros_like(out)], [lse, sink_lse])
+
+
+def _of_heads(replay: Replay, side: SideName, heads: list[tuple[int, int]]) -> Tensor:
+    """Keys or values of these heads, where their windows are as heads with a plan keep them: fp32 [U, N, D]."""
+    layers = {layer: replay.with_windows(layer, side) for layer, _ in heads}
+    return torch.stack([layers[layer][h] for layer, h in heads])

@@ -37,6 +37,16 @@ def small_model():
     return model
 
 
+class Rounded(DynamicCache):
+    """A DynamicCache of 16 bits, as a compressed cache is: but its first block is answered before it is rounded."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        first = self.get_seq_length(layer_idx) == 0
+        rounded = (x.half().float() for x in (key_states, value_states))
+        held = super().update(*rounded, layer_idx, *args, **kwargs)
+        return (key_states, value_states) if first else held
+
+
 class Pair:
     """A compressed cache and a DynamicCache that are treated alike; `mask` [B, T] says which positions are no padding."""
 
@@ -49,7 +59,7 @@ class Pair:
 
     def reset(self):
         self.cache.reset()
-        self.full = DynamicCache(config=self.model.config)
+        self.full = Rounded(config=self.model.config)
         self.mask = torch.ones(self.rng.randint(1, 3), 0, dtype=torch.int64)
         self.cropped = False
 
@@ -65,7 +75,7 @@ class Pair:
             inputs["attention_mask"] = self.mask
         expected, found = (self.model(**inputs, **cache_argument(self.model, cache)).logits for cache in (self.full, self.cache))
         there = new.bool()
-        assert (found - expected)[there].abs().max() < 0.1 * expected[there].std() + 1e-3  # one token moves them by 1
+        assert (found - expected)[there].abs().max() < 0.01 * expected[there].std() + 1e-3
 
     def crop(self):
         count = self.rng.randint(1, 4)

@@ -76,6 +76,21 @@ def test_a_cache_that_was_never_filled(tmp_path):
     assert found.get_seq_length() == 0 and found.nbytes == 0
 
 
+@torch.no_grad()
+def test_a_cache_without_a_token_at_16_bits(tmp_path):
+    model = small_model("llama")
+    for quantized in (0, 5):
+        spec = spec_of(model, Recent(0, 4, 4, quantized))
+        cache, ids, _ = filled(model, spec, compressing_plans(spec), batch=1)
+        cache.crop(-4)
+        assert cache.layers[0].keys.shape[2] == 0
+        cache.save(tmp_path / "cache", model)
+        found = CompressedCache.load(tmp_path / "cache", model)
+        assert found.get_seq_length() == 24 and found.nbytes == cache.nbytes
+        logits = [model(ids[:, 24:28], **cache_argument(model, one)).logits for one in (cache, found)]
+        assert torch.equal(*logits)
+
+
 def test_the_file_is_as_large_as_the_cache(tmp_path):
     """And some kilobytes of names, beside the bases of keys."""
     model = small_model("llama")
@@ -92,12 +107,16 @@ def test_what_is_no_cache_of_this_model_is_refused(tmp_path):
     cache, _, _ = filled(model, spec, compressing_plans(spec))
     path = tmp_path / "cache"
     cache.save(path, model)
-    with pytest.raises(ProfileMismatchError, match="another config"):
+    with pytest.raises(ProfileMismatchError, match="other config"):
         CompressedCache.load(path, small_model("qwen2"))
     other = small_model("llama")
     other.lm_head.weight.data += 1
     with pytest.raises(ProfileMismatchError, match="other weights"):
         CompressedCache.load(path, other)
+    with pytest.raises(ProfileMismatchError, match="other dtype"):
+        CompressedCache.load(path, small_model("llama").half())
+    with pytest.raises(ProfileMismatchError, match="not one of this Qwen3ForCausalLM"):
+        cache.save(tmp_path / "other", small_model("qwen3"))
     with pytest.raises(FileNotFoundError):
         CompressedCache.load(tmp_path / "none", model)
     content = path.read_bytes()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from ib_analysis.cache.attention import borrowed, cache_argument
 from ib_analysis.cache.compressed import CompressedCache
@@ -64,6 +65,13 @@ def test_nothing_is_lost_where_all_is_kept(small_llama, texts):
     assert (table.kl_bits < 1e-4).all()
 
 
+def test_an_answer_beyond_the_model_s_positions_is_refused():
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_positions=70, n_embd=16, n_layer=1, n_head=1)).eval()
+    allocation = allocation_of(model, HeadPlan("rotated", (Tier(0.5, 4, 4),)), Recent(2, 3, 2))
+    with pytest.raises(CalibrationError, match="fewer than 80 positions"):
+        answer_losses(model, allocation, [torch.arange(81) % 64], tokens=20)
+
+
 def test_texts_that_are_too_short_and_models_that_are_others_are_refused(small_llama, texts, embedded):
     allocation = allocation_of(small_llama, HeadPlan("rotated"), Recent(2, 3, 2))
     cases: tuple[tuple[Any, str], ...] = (
@@ -73,11 +81,15 @@ def test_texts_that_are_too_short_and_models_that_are_others_are_refused(small_l
         (["text"], "needs a tokenizer"),
         ([texts[0].float()], "text 0 is a Tensor"),
         ([[{"role": "user"}]], "text 0 is a list"),
+        ([texts[0].bool()], "text 0 is a Tensor"),
+        ([texts[0] + 1], "outside of the model's vocabulary"),
+        ((text for text in texts), "at least one"),
     )
     for bad, message in cases:
         with pytest.raises(CalibrationError, match=message):
             answer_losses(small_llama, allocation, bad, tokens=TOKENS)
-    with pytest.raises(CalibrationError, match="at least one"):
-        answer_losses(small_llama, allocation, texts, tokens=0)
+    for wrong in ({"tokens": 0}, {"tokens": True}, {"tokens": 2.5}, {"context_length": -5}, {"context_length": 0}):
+        with pytest.raises(CalibrationError, match="whole number of at least 1"):
+            answer_losses(small_llama, allocation, texts, **wrong)
     with pytest.raises(ProfileMismatchError):
         answer_losses(embedded[0], allocation, texts)

@@ -127,6 +127,9 @@ def test_another_calibration_is_saved_beside_the_first(small_llama, small_prompt
     learned_less.settings |= {"learned_prompts": 1}
     learned_less.save(path)
     assert place() == path.name  # learns again in the same place
+    (tmp_path / "profile-6.safetensors").mkdir()
+    (tmp_path / "profile-7.safetensors").write_text("notes")
+    assert place(seed=2) == "profile-8.safetensors"
 
 
 def test_a_model_trained_further_is_calibrated_again(bench, embedded, tmp_path):

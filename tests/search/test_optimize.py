@@ -357,7 +357,7 @@ def test_a_budget_below_the_minimum_says_the_minimum(bench, embedded):
     [
         ([], "no prompts"),
         (["short text"] * 4, "prompt 0"),
-        ([*[torch.arange(3, 300)] * 4, torch.arange(3, 30)], "prompt 4 .* never compressed"),
+        ([*[torch.arange(3, 300)] * 4, torch.arange(3, 30)], "prompt 4 .* every head keeps"),
         (["x y " * 200], "3 or more"),
     ],
 )
