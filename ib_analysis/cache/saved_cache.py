@@ -91,9 +91,8 @@ def fill_layers(
             continue  # a cache that was never filled
         layer.lazy_initialization(held["keys"], held["values"])
         layer.keys, layer.values = held["keys"], held["values"]
-        for name, number in of_layer.items():
-            if name != "quantized":
-                setattr(layer, name, number)
+        for name in _numbers(layer).keys() - {"quantized"}:
+            setattr(layer, name, of_layer[name])
         if isinstance(layer, CompressedLayer):
             layer.sink_mask = held.get("sink_mask")
             forms = [form for form, _ in layer.forms] if "packed.0.lengths" in held else []
