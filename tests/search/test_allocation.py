@@ -77,7 +77,7 @@ def test_validate_measures_other_prompts(allocation, embedded):
 
 
 def test_text_and_figure(allocation, tmp_path):
-    assert "solver gap" in str(allocation) and "sinks" in str(allocation)
+    assert "solver gap" in str(allocation) and "newest tokens at 16 bits" in str(allocation)
     allocation.plot(tmp_path / "heads")
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(first) == {"heads.pdf", "heads.png", "heads.csv"}
