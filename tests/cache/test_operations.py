@@ -8,7 +8,7 @@ from random import Random
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import DynamicCache
 
 from ib_analysis.cache.attention import cache_argument, use_attention
 from ib_analysis.cache.compressed import CompressedCache
@@ -16,23 +16,13 @@ from ib_analysis.cache.plan import RAW, Recent
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.scorers import SCORERS
+from tests.conftest import random_llama
 
 MOST_SEQUENCES = 4
 
 
-def small_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.4,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+def switched_llama():
+    model = random_llama()
     use_attention(model)
     return model
 
@@ -148,12 +138,12 @@ def check(model, seed):
 
 
 def test_a_cache_that_keeps_all_answers_as_the_full_cache():
-    model = small_model()
+    model = switched_llama()
     for seed in (*range(100), 101):  # of which the last once kept a mask that hides nothing
         check(model, seed)
 
 
 if __name__ == "__main__":
-    tried = small_model()
+    tried = switched_llama()
     for number in tqdm(range(int(sys.argv[1]))):
         check(tried, number)
