@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from ib_kernels import Packed, Window, packed_attention, quantize_pack, schedule
+from ib_kernels import FORMATS, Bases, Packed, Window, get_format, packed_attention, quantize_pack, schedule
 from results import Measured, NotRunError, Task
 from timing import copies_beyond_cache, device, graph_milliseconds
 from torch import Tensor
@@ -55,7 +55,7 @@ def tasks(cases: list[Case]) -> Iterator[Task]:
             yield Task("attention", str(case), f"SDPA {name}, grouped heads as rows", partial(time_sdpa, case, backend, True))
         for package in ("flash_attn_interface", "flash_attn"):
             yield Task("attention", str(case), package, partial(time_flash_attn, case, package))
-        for fmt, bits, skewed in product(("rotated", "kivi"), (4, 2), (False, True)):
+        for fmt, bits, skewed in product(FORMATS, (4, 2), (False, True)):
             method = f"{fmt} {bits} bits{' skewed' * skewed}"
             yield Task("attention", str(case), method, partial(time_packed, case, fmt, bits, skewed))
 
@@ -93,7 +93,16 @@ def random_packed(case: Case, lengths: Tensor, fmt: str, bits: int) -> Packed:
     tokens = case.pairs * case.context
     keys, values = (torch.randn(1, 1, tokens, case.head_dim, dtype=torch.bfloat16, device=device()) for _ in range(2))
     pairs = torch.arange(case.pairs, dtype=torch.int32, device=device())
-    return quantize_pack(fmt, keys, values, torch.arange(tokens, device=device()), lengths, pairs, bits, bits)
+    rows, bases = torch.arange(tokens, device=device()), random_bases(fmt, case.heads, case.head_dim)
+    return quantize_pack(fmt, keys, values, rows, lengths, pairs, bits, bits, bases=bases)
+
+
+def random_bases(fmt: str, heads: int, head_dim: int) -> Bases | None:
+    """Rotations, for a format that stores keys in them."""
+    if not get_format(fmt).turns_keys:
+        return None
+    turns = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=torch.Generator().manual_seed(0)))[0]
+    return Bases(turns, turns.mT.contiguous()).to(device())
 
 
 def random_window(case: Case) -> Window:

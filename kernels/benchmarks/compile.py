@@ -25,6 +25,7 @@ from ib_kernels.formats import FORMATS
 from ib_kernels.formats.kivi import kernels as kivi
 from ib_kernels.formats.rotated import kernels as rotated
 from ib_kernels.formats.rotated import rotation
+from ib_kernels.formats.spectral import kernels as spectral
 from ib_kernels.launch_table import Asked
 
 CAPABILITIES = (80, 90, 100)
@@ -36,9 +37,10 @@ MAX_REGISTERS = 255
 BUDGETS = {("rotated", 4): 4.1, ("rotated", 2): 2.2, ("kivi", 4): 4.9, ("kivi", 2): 4.9}
 
 SIDE = decoding_triton.PackedSide("*i16", "*fp16", "*fp16")
+STEPS = decoding_triton.PackedSide("*i16", "*i16", "*fp16")
 TYPES: dict[str, Kind] = {
     **dict.fromkeys(("query", "keys", "values", "x"), "*bf16"),
-    **dict.fromkeys(("shifts", "out", "lse", "partial", "partial_lse", "bias", "turned"), "*fp32"),
+    **dict.fromkeys(("shifts", "out", "lse", "partial", "partial_lse", "bias", "turned", "matrices"), "*fp32"),
     **dict.fromkeys(("scale", "minimum", "centre"), "*fp16"),
     "words": "*i16",
     **dict.fromkeys(("pairs", "items", "slots", "groups", "blocks", "lengths"), "*i32"),
@@ -71,9 +73,10 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
     kernels = FORMATS[fmt].kernels
     assert kernels is not None
     dtypes = (torch.float32,) if kernels.rotates else (torch.bfloat16, torch.float32)
+    keys = STEPS if kernels.scales == "quarters" else SIDE
     for many_rows, dtype, softcap in product((False, True), dtypes, (False, True)):
         precision = (head_dim, key_bits, value_bits)
-        asked = Asked(kernels.grouped, *precision, many_rows, dtype == torch.float32, softcap, capability)
+        asked = Asked(kernels.scales, *precision, many_rows, dtype == torch.float32, softcap, capability)
         constants, launch = decoding_triton.variant(asked)
         if many_rows and constants["M"] == 8:
             continue
@@ -83,7 +86,7 @@ def attention_variants(capability: int, head_dim: int, fmt: str, key_bits: int, 
             decoding_triton.attend_kernel,
             constants | {"ASM": True},
             launch,
-            TYPES | {"query": "*fp32" if dtype == torch.float32 else "*bf16", "keys": SIDE, "values": SIDE},
+            TYPES | {"query": "*fp32" if dtype == torch.float32 else "*bf16", "keys": keys, "values": SIDE},
             2 * constants["N"] * head_dim,
             matrix=True,
             copies=launch["num_stages"] > 1,
@@ -119,6 +122,9 @@ def other_variants(head_dim: int) -> Iterator[Variant]:
     types = TYPES | {"rotated": "*fp32"}
     constants = rotation.constants(head_dim)
     yield Variant(f"rotate_query_kernel d{head_dim}", rotation.rotate_query_kernel, constants, rotation.LAUNCH, types)
+    for turns in (True, False):
+        name = f"turn_query_kernel d{head_dim}{' as they are' * (not turns)}"
+        yield Variant(name, spectral.turn_query_kernel, *spectral.query_variant(head_dim, turns), TYPES)
     if head_dim == HEAD_DIMS[0]:  # one for all of them
         yield Variant("blocks_kernel", quantize_triton.blocks_kernel, {}, {"num_warps": 4, "num_stages": 3}, TYPES)
     yield Variant(
@@ -149,7 +155,7 @@ def variants(capability: int, head_dim: int, bits: tuple[int, ...]) -> Iterator[
 
     Queries of fp16 stand for those of bf16 as well: they change no loop.
     """
-    for fmt, key_bits, value_bits in product(("rotated", "kivi"), bits, bits):
+    for fmt, key_bits, value_bits in product(FORMATS, bits, bits):
         yield from attention_variants(capability, head_dim, fmt, key_bits, value_bits)
     for some in bits:
         yield from packing_variants(head_dim, some)

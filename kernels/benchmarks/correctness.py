@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from ib_kernels import Packed, Window, decoding_triton, packed_attention, quantize_pack, unpack_tokens
+from attention_speed import random_bases
+from ib_kernels import FORMATS, Packed, Window, decoding_triton, packed_attention, quantize_pack, unpack_tokens
 from timing import device
 from torch import Tensor
 
@@ -15,7 +16,7 @@ RELATIVE_L2, LOG_SUM_EXP = 3e-3, 2e-4
 def differences(head_dim: int, lengths: list[int]) -> list[str]:
     """What is wrong, for each format and precision that is timed; empty if nothing is."""
     found = []
-    for fmt, bits, group in product(("rotated", "kivi"), (4, 2), (4, 1)):
+    for fmt, bits, group in product(FORMATS, (4, 2), (4, 1)):
         name = f"{fmt} {bits} bits, {group} query heads: "
         on_cpu, packed = packed_twice(fmt, bits, head_dim, lengths)
         sides = ((on_cpu.keys, packed.keys), (on_cpu.values, packed.values))
@@ -35,9 +36,11 @@ def packed_twice(fmt: str, bits: int, head_dim: int, lengths: list[int]) -> tupl
     keys[..., 5] *= 200
     rows, counts = torch.arange(sum(lengths)), torch.tensor(lengths, dtype=torch.int32)
     pairs = torch.arange(len(lengths), dtype=torch.int32)
-    on_cpu = quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits, backend="reference")
+    bases = random_bases(fmt, len(lengths), head_dim)
+    arguments = (fmt, keys, values, rows, counts, pairs, bits, bits)
+    on_cpu = quantize_pack(*arguments, backend="reference", bases=bases and bases.to("cpu"))
     keys, values, rows, counts, pairs = (x.to(device()) for x in (keys, values, rows, counts, pairs))
-    return on_cpu, quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits, backend="triton")
+    return on_cpu, quantize_pack(fmt, keys, values, rows, counts, pairs, bits, bits, bases=bases, backend="triton")
 
 
 def attention_differences(on_cpu: Packed, packed: Packed, group: int) -> list[str]:

@@ -8,8 +8,8 @@ from functools import partial
 from itertools import product
 
 import torch
-from attention_speed import check_memory, packed_bytes
-from ib_kernels import quantize_pack
+from attention_speed import check_memory, packed_bytes, random_bases
+from ib_kernels import FORMATS, quantize_pack
 from results import Measured, Task
 from timing import call_milliseconds, device
 from torch import Tensor
@@ -36,7 +36,7 @@ SMOKE_CASES = [Case(2, 64, 2, heads=2, head_dim=16)]
 def tasks(cases: list[Case]) -> Iterator[Task]:
     for case in cases:
         yield Task("packing", str(case), "copy", partial(time_copy, case))
-        for fmt, bits in product(("rotated", "kivi"), (4, 2)):
+        for fmt, bits in product(FORMATS, (4, 2)):
             yield Task("packing", str(case), f"{fmt} {bits} bits", partial(time_packing, case, fmt, bits))
 
 
@@ -47,7 +47,8 @@ def time_packing(case: Case, fmt: str, bits: int) -> Measured:
     pairs = torch.arange(case.batch * case.heads, dtype=torch.int32, device=device())
     lengths = torch.full_like(pairs, case.context // case.stride)
     arguments = (fmt, keys, values, rows, lengths, pairs, bits, bits)
-    call = partial(quantize_pack, *arguments, backend="triton")
+    bases = random_bases(fmt, case.heads, case.head_dim)
+    call = partial(quantize_pack, *arguments, backend="triton", bases=bases)
     kept_bytes = rows.shape[0] * 2 * keys.shape[3] * keys.element_size()
     return Measured(call_milliseconds(call), kept_bytes + packed_bytes(call()))
 

@@ -167,7 +167,7 @@ def packed_attention_triton(
                 keys, values = part.keys["words"], part.values["words"]
                 attend_raw(query, keys, values, part.pairs, items, partial, partial_lse, scaling, softcap)
             else:
-                of_runs, shifts = get_kernels(part.format).load().queries(part.keys, part.pairs, query)
+                of_runs, shifts = get_kernels(part.format).load().queries(part.keys, part.pairs, query, part.bases)
                 attend(part, of_runs, shifts, items, partial, partial_lse, scaling, softcap)
         if seen and branch is not None:
             torch.cuda.current_stream().wait_stream(branch)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from ib_kernels.fields_triton import codes, columns, read_high, read_words, tiles
 from ib_kernels.formats import get_kernels
+from ib_kernels.formats.spectral.logits import quarter_logits, quarters, spending, spent
 from ib_kernels.launch_table import MAX_NARROW_ROWS, Asked, find
 from ib_kernels.logits_triton import exponent, grouped_logits, read_query, tanh, token_logits
 from ib_kernels.packed import Packed
@@ -37,11 +38,21 @@ MIN_POSITIVE = tl.constexpr(2.0**-24)  # of fp16
 
 
 class PackedSide(NamedTuple):
-    """Keys or values of an item's part as an argument of `attend_kernel`; `minimum` is any tensor if there is none."""
+    """Keys or values of a part as an argument of `attend_kernel`; the last is any tensor if there is none.
+
+    Of keys in quarters the steps are in place of a scale, and the deviations of a minimum.
+    """
 
     words: Any
     scale: Any
     minimum: Any
+
+
+TENSORS = {  # of a side, by what has a scale
+    "groups": PackedSide("words", "scale", "minimum"),
+    "tokens": PackedSide("words", "scale", "scale"),
+    "quarters": PackedSide("words", "steps", "deviations"),
+}
 
 
 def attend(
@@ -51,23 +62,24 @@ def attend(
 
     Args:
         packed: tokens of 2, 3, 4 or 8 bits.
-        query: for grouped keys [pairs, R, D]; else fp32 [P, R, D], rotated for each run (see `KernelModule.queries`).
-        shifts: fp32 [P, R, 2], what to add to the product of rotated query and codes, and to the logits; unused if grouped.
+        query: for grouped keys [pairs, R, D]; else fp32 [P, R, D], turned for each run (see `KernelModule.queries`).
+        shifts: fp32 [P, R, 2], what to add to the product of turned query and codes, and to the logits; [P, R, 5] for keys in
+            quarters, whose products are apart; unused if grouped.
         items: int32 [W, 5] of a `Schedule`.
         out, lse: fp32 [slots, R, D] and [slots, R]; the output is still rotated if the query is.
     """
-    rows, grouped = query.shape[1], get_kernels(packed.format).grouped
+    rows, scales = query.shape[1], get_kernels(packed.format).scales
     precision = (packed.head_dim, packed.key_bits, packed.value_bits)
     fp32 = query.dtype == torch.float32
-    asked = Asked(grouped, *precision, rows > MAX_NARROW_ROWS, fp32, softcap is not None, capability(query))
+    asked = Asked(scales, *precision, rows > MAX_NARROW_ROWS, fp32, softcap is not None, capability(query))
     constants, launch = variant(asked)
-    minimum = "minimum" if grouped else "scale"
+    value_tensors = TENSORS["groups" if scales == "groups" else "tokens"]
     attend_kernel[(items.shape[0], -(-rows // constants["M"]))](
         query,
         shifts,
         packed.pairs,
-        PackedSide(*(packed.keys[name] for name in ("words", "scale", minimum))),
-        PackedSide(*(packed.values[name] for name in ("words", "scale", minimum))),
+        PackedSide(*(packed.keys[name] for name in TENSORS[scales])),
+        PackedSide(*(packed.values[name] for name in value_tensors)),
         items,
         out,
         lse,
@@ -93,14 +105,15 @@ def variant(asked: Asked) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants that select one compiled variant of `attend_kernel`, and how to launch it."""
     row = find(asked)
     constants = {
-        "GROUPED": asked.grouped,
+        "GROUPED": asked.scales == "groups",
+        "SPENDING": spending(asked.key_bits) if asked.scales == "quarters" else None,
         "D": asked.head_dim,
         "M": row.M,
         "N": row.N,
         "G": triton.next_power_of_2(-(-asked.head_dim // 32)),  # groups of channels, and what pads them
         "SPLIT": asked.fp32,
         "SOFTCAP": asked.softcap,
-        "K": tiles(asked.head_dim, asked.key_bits),
+        "K": (quarters if asked.scales == "quarters" else tiles)(asked.head_dim, asked.key_bits),
         "V": tiles(asked.head_dim, asked.value_bits),
     }
     return constants, {"num_warps": row.num_warps, "num_stages": row.num_stages, "maxnreg": row.maxnreg}
@@ -111,7 +124,8 @@ def programs_per_core(asked: Asked, dtype: torch.dtype, device: torch.device) ->
     """How many programs of attention to such tokens a GPU core runs at a time, for a query of this dtype."""
     constants, launch = variant(asked)
     side = PackedSide(MockTensor(torch.int16), MockTensor(torch.float16), MockTensor(torch.float16))
-    tensors = (dtype, dtype, torch.int32, side, side, torch.int32, torch.float32, torch.float32)
+    keys = side._replace(scale=MockTensor(torch.int16)) if asked.scales == "quarters" else side
+    tensors = (dtype, dtype, torch.int32, keys, side, torch.int32, torch.float32, torch.float32)
     with torch.cuda.device(device):
         compiled = attend_kernel.warmup(*tensors, 1.0, 1.0, 1, **constants, **launch, ASM=ASSEMBLY, grid=(1,))
         core_bytes = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
@@ -146,6 +160,7 @@ def attend_kernel(
     softcap,
     R,
     GROUPED: tl.constexpr,
+    SPENDING: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -159,14 +174,16 @@ def attend_kernel(
     """Softmax attention of M query rows of one run to the tokens of one item: output and log-sum-exp, into the item's slot.
 
     query: [pairs, R, D] if GROUPED, else fp32 [P, R, D]
-    shifts: fp32 [P, R, 2], see `attend`
+    shifts: fp32 [P, R, 2 or 5], see `attend`
     pairs: int32 [P]
     keys, values: `PackedSide` of
         words: int16 [tokens, D * BITS / 16]
-        scale, minimum: of keys fp16 [blocks, D] if GROUPED, of values [tokens, ceil(D / 32)]; else scale fp16 [tokens, 1]
+        scale, minimum: of keys fp16 [blocks, D] if GROUPED, of values [tokens, ceil(D / 32)]; else scale fp16 [tokens, 1].
+            With SPENDING of keys the steps int16 [tokens, 1], and the deviations fp16 [P, 4]
     items: int32 [W, 5]: first row, tokens, first block, run, slot
     out, lse: fp32 [slots, R, D], [slots, R]
     scaling, softcap: of the logits
+    SPENDING: of keys in quarters (see `Spending`), else None
     M, N: query rows of a program, and tokens of a pass of its loop
     G: groups of 32 channels, padded to a power of two
     SPLIT: whether a query needs two fp16 numbers
@@ -192,13 +209,17 @@ def attend_kernel(
     GROUPS: tl.constexpr = (D + 31) // 32 if GROUPED else 1
     v_scale = values.scale + first * GROUPS
     v_minimum = values.minimum + first * GROUPS
-    high, low, unit = read_query(query, q_rows, live, D, K, SPLIT, GROUPED)  # fp16 [C, M] for each tile of K
-    if GROUPED:
-        start, shift = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    else:
+    scale = scaling if SOFTCAP else scaling * 1.4426950408889634
+    high, low, unit = read_query(query, q_rows, live, D, K, SPLIT, GROUPED or SPENDING is not None)  # fp16 [C, M] for each tile
+    if SPENDING is not None:
+        depths, gaussian = spent(keys.minimum + run * 4, SPENDING)
+        starts = ()
+        for i in tl.static_range(4):
+            starts = starts + (tl.load(shifts + q_rows * 5 + i, mask=live, other=0.0) / unit,)  # [M]
+        shift = tl.load(shifts + q_rows * 5 + 4, mask=live, other=0.0) * scale
+    elif not GROUPED:
         start = tl.load(shifts + q_rows * 2, mask=live, other=0.0)  # [M]
         shift = tl.load(shifts + q_rows * 2 + 1, mask=live, other=0.0)  # [M]
-    scale = scaling if SOFTCAP else scaling * 1.4426950408889634
     unit *= scale
     maximum = tl.full([M], -float("inf"), tl.float32)
     S: tl.constexpr = 8 if GROUPED else 16  # rows that sums are kept of: where there are more sums, few registers are left
@@ -211,6 +232,8 @@ def attend_kernel(
         if GROUPED:
             bases = read_groups(v_minimum, rows, GROUPS, G)  # early: the compiler does not copy them ahead of their use
             s = grouped_logits(k_words, k_scale, k_minimum, rows, t // 32, high, low, unit, D, M, K, SPLIT, ASM)
+        elif SPENDING is not None:
+            s = quarter_logits(starts, k_words, k_scale, rows, high, low, depths, gaussian, unit, shift, D, N, M, K, ASM)
         else:
             s = tl.broadcast_to(start[None, :], [N, M])
             s = token_logits(s, k_words, k_scale, rows, high, low, shift, scale, D, K, ASM)

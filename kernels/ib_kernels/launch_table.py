@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import NamedTuple
 
+from ib_kernels.formats.format import Scales
+
 MAX_NARROW_ROWS = 8  # query rows that the narrow side of a matrix instruction holds
 
-Condition = Container[int] | None  # what fits; None if all does
+Condition = Container[int] | Container[str] | None  # what fits; None if all does
 
 
 class Asked(NamedTuple):
     """What attention is asked for."""
 
-    grouped: bool  # whether keys have a scale for each channel of 32 tokens (see `Kernels.grouped`)
+    scales: Scales  # what has a scale (see `Kernels`)
     head_dim: int
     key_bits: int
     value_bits: int
@@ -31,7 +33,7 @@ class Asked(NamedTuple):
 class Row(NamedTuple):
     """What is compiled for all that is asked and fits: a condition for each field of `Asked`, in its order, then the answer."""
 
-    grouped: Condition
+    scales: Condition
     head_dims: Condition
     key_bits: Condition
     value_bits: Condition
@@ -51,37 +53,43 @@ class Row(NamedTuple):
 
 ANY = None
 YES, NO = (True,), (False,)
+GROUPS, TOKENS, QUARTERS = ("groups",), ("tokens",), ("quarters",)
 POW2 = (16, 32, 64, 128)
 ODD = (48, 80, 96, 112)  # head_dims that are no power of two
 LARGE = range(144, 257, 16)
 ALL_ODD = (*ODD, *LARGE[:-1])
-OLD = range(100)  # GPUs before Blackwell
+OLD, NEW = range(100), range(100, 1000)  # GPUs before Blackwell, and from it on
 
 # fmt: off
 TABLE = (
-    #   grouped head_dim keys    values     rows>8 fp32 softcap GPU  M   N  warps stages registers
-    Row(NO,  ANY,        (3,),   ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
-    Row(NO,  ANY,        ANY,    (3,),      ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
-    Row(NO,  (256,),     (2, 4), (2, 4),    ANY,   ANY, NO,     OLD, 8,  32, 1, 2, 168),
-    Row(NO,  LARGE,      ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
-    Row(NO,  ODD,        ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  64, 1, 2, 255),
-    Row(NO,  POW2,       ANY,    ANY,       YES,   ANY, ANY,    ANY, 16, 32, 1, 2, 255),
-    Row(NO,  POW2,       (4,),   (2, 4),    ANY,   ANY, NO,     OLD, 8,  32, 1, 3, 128),
-    Row(NO,  (128,),     (4,),   (2, 4),    ANY,   ANY, NO,     ANY, 8,  32, 1, 3, 168),
-    Row(NO,  POW2,       (4,),   (2, 4),    ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
-    Row(NO,  POW2,       (2,),   (2, 4),    ANY,   ANY, NO,     OLD, 8,  64, 1, 3, 168),
-    Row(NO,  (128,),     (2,),   (2,),      ANY,   ANY, NO,     ANY, 8,  64, 1, 3, 168),
-    Row(NO,  POW2,       ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  64, 1, 2, 255),
-    Row(YES, ALL_ODD,    (2,),   (3,),      ANY,   YES, ANY,    ANY, 8,  32, 2, 1, 255),
-    Row(YES, LARGE,      ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
-    Row(YES, ODD,        (2, 4), (2, 4, 8), ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 255),
-    Row(YES, ODD,        (8,),   (2, 4),    ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 255),
-    Row(YES, ODD,        ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
-    Row(YES, (128,),     (3,),   ANY,       ANY,   YES, ANY,    ANY, 8,  32, 2, 1, 255),
-    Row(YES, (128,),     (3,),   ANY,       ANY,   ANY, YES,    ANY, 8,  32, 2, 1, 255),
-    Row(YES, POW2,       (3,),   ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 1, 255),
-    Row(YES, POW2,       (2, 4), (2, 4, 8), ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 168),
-    Row(YES, POW2,       ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 3, 255),
+    #   scales  head_dim    keys    values     rows>8 fp32 softcap GPU  M   N  warps stages registers
+    Row(QUARTERS, LARGE,    ANY,    (3,),      ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
+    Row(QUARTERS, LARGE,    ANY,    ANY,       ANY,   ANY, ANY,    NEW, 8,  32, 2, 2, 255),
+    Row(QUARTERS, ODD,      (3, 8), (3, 4, 8), ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
+    Row(QUARTERS, (128,),   ANY,    (2,),      ANY,   ANY, YES,    NEW, 8,  32, 2, 2, 255),
+    Row(QUARTERS, ANY,      ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
+    Row(TOKENS, ANY,        (3,),   ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
+    Row(TOKENS, ANY,        ANY,    (3,),      ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
+    Row(TOKENS, (256,),     (2, 4), (2, 4),    ANY,   ANY, NO,     OLD, 8,  32, 1, 2, 168),
+    Row(TOKENS, LARGE,      ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
+    Row(TOKENS, ODD,        ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  64, 1, 2, 255),
+    Row(TOKENS, POW2,       ANY,    ANY,       YES,   ANY, ANY,    ANY, 16, 32, 1, 2, 255),
+    Row(TOKENS, POW2,       (4,),   (2, 4),    ANY,   ANY, NO,     OLD, 8,  32, 1, 3, 128),
+    Row(TOKENS, (128,),     (4,),   (2, 4),    ANY,   ANY, NO,     ANY, 8,  32, 1, 3, 168),
+    Row(TOKENS, POW2,       (4,),   (2, 4),    ANY,   ANY, ANY,    ANY, 8,  32, 1, 2, 255),
+    Row(TOKENS, POW2,       (2,),   (2, 4),    ANY,   ANY, NO,     OLD, 8,  64, 1, 3, 168),
+    Row(TOKENS, (128,),     (2,),   (2,),      ANY,   ANY, NO,     ANY, 8,  64, 1, 3, 168),
+    Row(TOKENS, POW2,       ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  64, 1, 2, 255),
+    Row(GROUPS, ALL_ODD,    (2,),   (3,),      ANY,   YES, ANY,    ANY, 8,  32, 2, 1, 255),
+    Row(GROUPS, LARGE,      ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
+    Row(GROUPS, ODD,        (2, 4), (2, 4, 8), ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 255),
+    Row(GROUPS, ODD,        (8,),   (2, 4),    ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 255),
+    Row(GROUPS, ODD,        ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 2, 2, 255),
+    Row(GROUPS, (128,),     (3,),   ANY,       ANY,   YES, ANY,    ANY, 8,  32, 2, 1, 255),
+    Row(GROUPS, (128,),     (3,),   ANY,       ANY,   ANY, YES,    ANY, 8,  32, 2, 1, 255),
+    Row(GROUPS, POW2,       (3,),   ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 1, 255),
+    Row(GROUPS, POW2,       (2, 4), (2, 4, 8), ANY,   NO,  NO,     OLD, 8,  32, 1, 3, 168),
+    Row(GROUPS, POW2,       ANY,    ANY,       ANY,   ANY, ANY,    ANY, 8,  32, 1, 3, 255),
 )
 # fmt: on
 

@@ -11,17 +11,17 @@ from ib_kernels.fields_triton import codes, columns, read_high, read_words
 
 
 @triton.jit
-def read_query(query, rows, live, D: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr):
+def read_query(query, rows, live, D: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, DIVIDED: tl.constexpr):
     """Query rows of every tile: fp16 [C, M] each, and what fp16 drops of them if SPLIT, else the same again; and a unit.
 
-    The unit, a power of two, is what query rows for GROUPED keys are divided by: they are below 1 then, and fp16 holds their
+    The unit, a power of two, is what query rows are divided by if they are DIVIDED: they are below 1 then, and fp16 holds their
     products with any key scale.
     """
     C: tl.constexpr = TILES.C
     H: tl.constexpr = TILES.H
     F: tl.constexpr = TILES.F
     unit = 1.0
-    if GROUPED:
+    if DIVIDED:
         largest = 2.0**-100
         for h in tl.static_range(H):
             x = h * C + tl.arange(0, C)
@@ -35,7 +35,7 @@ def read_query(query, rows, live, D: tl.constexpr, TILES: tl.constexpr, SPLIT: t
         x = h * C + tl.arange(0, C)
         for i in tl.static_range(F):
             q = read_tile(query, rows, live, i * TILES.T + x, x < TILES.T, D)  # [C, M]
-            if GROUPED:
+            if DIVIDED:
                 q *= 1.0 / unit
             high = high + (q.to(tl.float16),)
             if SPLIT:

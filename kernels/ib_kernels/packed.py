@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from ib_kernels import bitpack
@@ -10,7 +11,7 @@ from ib_kernels.backends import Backend, Form, backend_of, check_kernel
 from ib_kernels.bases import Bases, turn
 from ib_kernels.encoding import decode
 from ib_kernels.formats import get_format, get_kernels
-from ib_kernels.formats.format import RAW_BITS, MetadataRows, Quantizer, Side, SideName, layout
+from ib_kernels.formats.format import RAW_BITS, Kernels, MetadataRows, Side, SideName, layout
 from torch import Tensor
 
 WORD_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # at 16 bits; a cache has no fp32
@@ -83,28 +84,21 @@ def unpack_tokens(packed: Packed, backend: Backend | None = None) -> tuple[Tenso
 
     Raises ValueError if the kernels run and do not take such tokens.
     """
+    kernels = None
     raw = RAW_BITS in (packed.key_bits, packed.value_bits)
-    if raw or backend_of(packed.lengths.device, [packed.form], backend) == "reference":
-        keys, values = unpack_stored(packed)
-        bases = bases_of_runs(packed)
-        return keys if bases is None else turn(keys, packed.lengths, bases.back), values
-    check_kernel(packed.head_dim, *packed.form)
-    if not all(tensor.is_contiguous() for tensor in packed.tensors):
-        raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
-    kernels = get_kernels(packed.format).load()
-    with torch.cuda.device_of(packed.lengths):  # Triton launches on the current GPU
-        keys = kernels.unpack("keys", packed.keys, packed.lengths, packed.head_dim, packed.key_bits)
-        values = kernels.unpack("values", packed.values, packed.lengths, packed.head_dim, packed.value_bits)
-    return keys, values
+    if not raw and backend_of(packed.lengths.device, [packed.form], backend) == "triton":
+        check_kernel(packed.head_dim, *packed.form)
+        if not all(tensor.is_contiguous() for tensor in packed.tensors):
+            raise ValueError("the GPU kernels need contiguous tensors: call .contiguous() on the tensors of a packed part")
+        kernels = get_kernels(packed.format)
+    keys, values = (_unpack(packed, name, kernels) for name in get_args(SideName))
+    bases = bases_of_runs(packed)
+    return keys if bases is None else turn(keys, packed.lengths, bases.back), values
 
 
 def unpack_stored(packed: Packed) -> tuple[Tensor, Tensor]:
     """The same in plain torch, with keys in the coordinates that they are stored in (see `bases_of_runs`)."""
-    fmt = get_format(packed.format)
-    return (
-        _unpack(fmt.keys, packed.keys, packed.lengths, packed.key_bits, packed.head_dim),
-        _unpack(fmt.values, packed.values, packed.lengths, packed.value_bits, packed.head_dim),
-    )
+    return _unpack(packed, "keys"), _unpack(packed, "values")
 
 
 def bases_of_runs(packed: Packed) -> Bases | None:
@@ -114,9 +108,15 @@ def bases_of_runs(packed: Packed) -> Bases | None:
     return packed.bases.of(packed.pairs % len(packed.bases.back))
 
 
-def _unpack(quantizer: Quantizer, side: Side, lengths: Tensor, bits: int, head_dim: int) -> Tensor:
-    codes = side["words"] if bits == RAW_BITS else bitpack.unpack(side["words"], bits, head_dim)
-    return decode(quantizer, codes, side, lengths, bits)
+def _unpack(packed: Packed, name: SideName, kernels: Kernels | None = None) -> Tensor:
+    """Rows fp32 [N, D] of one side, by the kernels if they unpack it."""
+    side: Side = getattr(packed, name)
+    bits = packed.key_bits if name == "keys" else packed.value_bits
+    if kernels is not None and name in kernels.packs:
+        with torch.cuda.device_of(packed.lengths):  # Triton launches on the current GPU
+            return kernels.load().unpack(name, side, packed.lengths, packed.head_dim, bits)
+    codes = side["words"] if bits == RAW_BITS else bitpack.unpack(side["words"], bits, packed.head_dim)
+    return decode(getattr(get_format(packed.format), name), codes, side, packed.lengths, bits)
 
 
 def _check_side(side_name: SideName, side: Side, shapes: dict[str, MetadataRows], bits: int, runs: int) -> None:

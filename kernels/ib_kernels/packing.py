@@ -58,18 +58,22 @@ def quantize_pack(
     counts = _read(keys, rows, lengths)
     bases = bases if in_bases(fmt, "keys", key_bits) else None
     form = fmt, key_bits, value_bits
+    kernels = None
     if backend_of(keys.device, [form], backend) == "triton" and not key_bits == value_bits == RAW_BITS:
         check_kernel(keys.shape[3], *form)
-        with torch.cuda.device_of(keys):  # Triton launches on the current GPU
-            sides = get_kernels(fmt).load().pack(keys, values, rows, lengths, counts, (key_bits, value_bits), fitted)
-    else:
-        quantizers, kept = get_format(fmt), (None, None) if fitted is None else fitted
-        kept_keys = in_coordinates(_gather(keys, rows), lengths, pairs, bases)
-        sides = Sides(
-            _packed_side(quantizers.keys, kept_keys, lengths, key_bits, raw_dtype, kept[0]),
-            _packed_side(quantizers.values, _gather(values, rows), lengths, value_bits, raw_dtype, kept[1]),
-        )
-    return Packed(*form, keys.shape[3], *sides, lengths, pairs, bases)
+        kernels = get_kernels(fmt)
+    sides: dict[SideName, Side] = {}
+    both: list[tuple[SideName, Tensor, int]] = [("values", values, value_bits), ("keys", keys, key_bits)]
+    for name, x, bits in both:
+        kept = None if fitted is None else getattr(fitted, name)
+        if kernels is not None and name in kernels.packs:
+            with torch.cuda.device_of(keys):  # Triton launches on the current GPU
+                sides[name] = kernels.load().pack(name, x, rows, lengths, counts, bits, kept)
+        else:
+            gathered = _gather(x, rows)
+            turned = in_coordinates(gathered, lengths, pairs, bases) if name == "keys" else gathered
+            sides[name] = _packed_side(getattr(get_format(fmt), name), turned, lengths, bits, raw_dtype, kept)
+    return Packed(*form, keys.shape[3], sides["keys"], sides["values"], lengths, pairs, bases)
 
 
 def in_coordinates(keys: Tensor, lengths: Tensor, pairs: Tensor, bases: Bases | None) -> Tensor:

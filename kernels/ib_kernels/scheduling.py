@@ -104,7 +104,7 @@ def _items_that_fill(part: Packed, rows: int, dtype: torch.dtype, softcap: bool)
         kernels, precision = get_kernels(part.format), (part.head_dim, part.key_bits, part.value_bits)
         query = torch.float32 if kernels.rotates else dtype
         many_rows, fp32 = rows > MAX_NARROW_ROWS, query == torch.float32
-        asked = Asked(kernels.grouped, *precision, many_rows, fp32, softcap, capability(part.lengths))
+        asked = Asked(kernels.scales, *precision, many_rows, fp32, softcap, capability(part.lengths))
         per_core = programs_per_core(asked, query, device)
     return per_core * torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -59,7 +59,7 @@ def test_a_head_dim_without_kernels_runs_in_plain_torch_and_says_so_once(caplog)
 def test_appending_by_the_kernels_gives_the_bits_of_plain_torch():
     keys, values = torch.randn(2, 140, 64, device="cuda")
     lengths = torch.tensor([70, 20], device="cuda")
-    for fmt in ("kivi", "rotated"):
+    for fmt in ("kivi", "rotated", "spectral"):
         made = []
         for device in ("cuda", "cpu"):
             packed = PackedTokens.pack(fmt, keys[:90].to(device), values[:90].to(device), lengths.to(device), 3, 4)

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from ib_kernels import Packed, quantize_pack, unpack_tokens
+from ib_kernels import Packed, get_format, quantize_pack, unpack_tokens
+from ib_kernels.bases import Bases
 
 # Triton decides when it is imported whether it interprets: `make test-interpreted` runs the tests of interpreted/ in a process
 # of their own. Where there is a GPU they run compiled in this one, too.
@@ -23,6 +24,14 @@ def random_keys_and_values(tokens, head_dim, outlier, seed):
     return keys, values
 
 
+def random_bases(heads, head_dim, seed=0):
+    """Matrices that stretch and turn: [heads, D, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    turns = torch.linalg.qr(torch.randn(heads, head_dim, head_dim, generator=generator))[0]
+    stretches = torch.linspace(2, 0.5, head_dim)
+    return Bases((turns * stretches).contiguous(), (turns / stretches).mT.contiguous())
+
+
 @pytest.fixture
 def make_packed():
     def make(fmt, lengths, head_dim=128, key_bits=4, value_bits=4, outlier=1.0, seed=0, pairs=None):
@@ -33,7 +42,8 @@ def make_packed():
         if key_bits == 16:
             raw_keys, raw_values = ({"words": x[0, 0].to(torch.float16)} for x in (keys, values))
             return Packed(fmt, 16, 16, head_dim, raw_keys, raw_values, counts, pairs)
-        return quantize_pack(fmt, keys, values, torch.arange(tokens), counts, pairs, key_bits, value_bits)
+        bases = random_bases(2, head_dim) if get_format(fmt).turns_keys else None
+        return quantize_pack(fmt, keys, values, torch.arange(tokens), counts, pairs, key_bits, value_bits, bases=bases)
 
     return make
 

@@ -27,6 +27,8 @@ CHOSEN = [
     "attend rotated k2 v2 d128 rows 8 float32",
     "attend rotated k2 v3 d128 rows 8 float32",
     "attend rotated k4 v2 d96 rows 8 float32",
+    "attend spectral k4 v4 d128 rows 8 float32",
+    "attend spectral k2 v4 d64 rows 8 float32",
     "attend kivi k4 v4 d128 rows 8 bfloat16",
     "attend kivi k2 v2 d128 rows 8 bfloat16",
     "attend kivi k4 v4 d64 rows 8 bfloat16 softcap",
@@ -36,6 +38,7 @@ CHOSEN = [
     "raw d128 bf16 window mask",
     "merge_kernel d128 window rotated",
     "rotate_query_kernel d128",
+    "turn_query_kernel d128",
     "pack_keys_kernel kivi b4 d128 bf16",
     "pack_values_kernel kivi b2 d128 bf16",
     "unpack_kernel kivi b4 d128 values",
@@ -98,10 +101,10 @@ def test_registers_and_shared_memory_limit_the_programs_of_a_core(registers, war
 @pytest.mark.parametrize(
     ("asked", "name", "programs"),
     [
-        (Asked(False, 128, 4, 4, False, True, False, 90), "attend rotated k4 v4 d128 rows 8 float32", 14),
-        (Asked(False, 128, 4, 4, True, True, False, 90), "attend rotated k4 v4 d128 rows 16 float32", 8),
-        (Asked(True, 128, 4, 4, False, False, False, 90), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
-        (Asked(True, 128, 4, 4, False, True, True, 90), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
+        (Asked("tokens", 128, 4, 4, False, True, False, 90), "attend rotated k4 v4 d128 rows 8 float32", 14),
+        (Asked("tokens", 128, 4, 4, True, True, False, 90), "attend rotated k4 v4 d128 rows 16 float32", 8),
+        (Asked("groups", 128, 4, 4, False, False, False, 90), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
+        (Asked("groups", 128, 4, 4, False, True, True, 90), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
     ],
 )
 def test_the_programs_of_a_core_are_those_of_what_is_compiled(asked, name, programs, monkeypatch):

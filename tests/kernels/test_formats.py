@@ -124,7 +124,7 @@ def test_without_kernels_all_runs_in_plain_torch_and_says_so_once(offset, monkey
 
 
 def test_only_formats_with_kernels_have_them(offset):
-    assert get_kernels("kivi").grouped and get_kernels("rotated").rotates
+    assert get_kernels("kivi").scales == "groups" and get_kernels("rotated").rotates
     with pytest.raises(ValueError, match="no GPU kernels"):
         get_kernels("offset")
     assert replace(OFFSET, kernels=get_kernels("kivi")).kernels is not None

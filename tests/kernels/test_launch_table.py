@@ -3,12 +3,14 @@
 import csv
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 pytest.importorskip("triton")
 
 from compile import BITS, CAPABILITIES, HEAD_DIMS, MAX_REGISTERS, variants
+from ib_kernels.formats.format import Scales
 from ib_kernels.launch_table import TABLE, Asked, find
 
 COMPILED = Path(__file__).parents[2] / "kernels" / "benchmarks" / "compiled.csv"
@@ -43,21 +45,21 @@ def test_no_variant_has_faults_or_more_registers_than_it_may_have(compiled, laun
 
 
 def test_all_that_can_be_asked_has_a_row_and_no_row_is_idle():
-    head_dims = range(16, 257, 16)
-    asked = [Asked(*some) for some in product(FLAGS, head_dims, BITS, BITS, FLAGS, FLAGS, FLAGS, (0, *CAPABILITIES, 120))]
-    assert {find(some) for some in asked} == set(TABLE)
+    capabilities = (0, *CAPABILITIES, 120)
+    asked = product(get_args(Scales), range(16, 257, 16), BITS, BITS, FLAGS, FLAGS, FLAGS, capabilities)
+    assert {find(Asked(*some)) for some in asked} == set(TABLE)
 
 
 @pytest.mark.parametrize(
     ("asked", "launch"),
     [
-        (Asked(False, 128, 4, 4, False, True, False, 90), (8, 32, 1, 3, 128)),
-        (Asked(False, 128, 2, 2, False, True, False, 90), (8, 64, 1, 3, 168)),
-        (Asked(False, 128, 4, 4, True, True, False, 90), (16, 32, 1, 2, 255)),
-        (Asked(False, 128, 4, 4, False, True, False, 100), (8, 32, 1, 3, 168)),
-        (Asked(True, 128, 4, 4, False, False, False, 90), (8, 32, 1, 3, 168)),
-        (Asked(True, 128, 3, 3, False, True, False, 90), (8, 32, 2, 1, 255)),
-        (Asked(True, 96, 2, 3, False, True, False, 80), (8, 32, 2, 1, 255)),
+        (Asked("tokens", 128, 4, 4, False, True, False, 90), (8, 32, 1, 3, 128)),
+        (Asked("tokens", 128, 2, 2, False, True, False, 90), (8, 64, 1, 3, 168)),
+        (Asked("tokens", 128, 4, 4, True, True, False, 90), (16, 32, 1, 2, 255)),
+        (Asked("tokens", 128, 4, 4, False, True, False, 100), (8, 32, 1, 3, 168)),
+        (Asked("groups", 128, 4, 4, False, False, False, 90), (8, 32, 1, 3, 168)),
+        (Asked("groups", 128, 3, 3, False, True, False, 90), (8, 32, 2, 1, 255)),
+        (Asked("groups", 96, 2, 3, False, True, False, 80), (8, 32, 2, 1, 255)),
     ],
 )
 def test_first_row_that_fits(asked, launch):

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from ib_kernels import bitpack
+from ib_kernels.bases import Bases
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,7 @@ RAW_DTYPES = (torch.float16, torch.bfloat16)
 
 Side = dict[str, Tensor]  # the tensors of keys, or of values, by name
 SideName = Literal["keys", "values"]
+Scales = Literal["groups", "tokens", "quarters"]
 Bits = tuple[int, int]  # of keys and of values
 Count = TypeVar("Count", int, NDArray[np.int64], Tensor)
 
@@ -71,17 +73,17 @@ class KernelModule(Protocol):
     """What the module with a format's kernels offers. Tensors and arguments are those of `quantize_pack` and `Packed`."""
 
     def pack(
-        self, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: Bits, fitted: Sides | None
-    ) -> Sides:
-        """The packed sides of runs of `lengths`, which are `counts` on the CPU; what is not `fitted` is fitted here."""
+        self, name: SideName, x: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: int, fitted: Side | None
+    ) -> Side:
+        """One packed side of runs of `lengths`, which are `counts` on the CPU; what is not `fitted` is fitted here."""
         ...
 
     def unpack(self, name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int) -> Tensor:
         """Rows fp32 [N, D] of one packed side."""
         ...
 
-    def queries(self, keys: Side, pairs: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Query rows and shifts as `decoding_triton.attend` takes them, from query [pairs, R, D]."""
+    def queries(self, keys: Side, pairs: Tensor, query: Tensor, bases: Bases | None) -> tuple[Tensor, Tensor]:
+        """Query rows and shifts as `decoding_triton.attend` takes them, from query [pairs, R, D] and the bases of all heads."""
         ...
 
 
@@ -91,14 +93,17 @@ class Kernels:
 
     Attributes:
         module: name of a `KernelModule`. It needs Triton, so it is imported when it is first needed.
-        grouped: whether keys have a scale and a minimum for each channel of 32 tokens, and values for each 32 channels of a
-            token. Else both have one scale a token, and levels that are symmetric about 0.
-        rotates: whether queries are rotated, for each run, and the output has to be rotated back.
+        scales: what has a scale. "groups": keys have one and a minimum for each channel of 32 tokens, values for each 32
+            channels of a token. "tokens": both have one a token, and levels that are symmetric about 0. "quarters": values as
+            for "tokens", keys one for each quarter of a token's channels, and bits as the spectral format spends them.
+        rotates: whether queries are turned, for each run, and the output has to be rotated back.
+        packs: the sides that the module packs and unpacks; the other one is packed in plain torch.
     """
 
     module: str
-    grouped: bool
+    scales: Scales
     rotates: bool
+    packs: tuple[SideName, ...] = ("keys", "values")
 
     def load(self) -> KernelModule:
         """The module."""
@@ -120,10 +125,6 @@ class Format:
     kernels: Kernels | None = None
     turns_keys: bool = False
     channels: int = 1
-
-    def __post_init__(self) -> None:
-        if self.turns_keys and self.kernels is not None:
-            raise ValueError(f"the format {self.name!r} turns keys, which no kernels do yet: leave its kernels out")
 
 
 def layout(quantizer: Quantizer, bits: int, head_dim: int) -> dict[str, MetadataRows]:

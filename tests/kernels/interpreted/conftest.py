@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ib_kernels import Packed, Window, schedule
+from ib_kernels.bases import Bases
 from ib_kernels.decoding import packed_attention_triton
 
 GUARD = 64
@@ -39,7 +40,8 @@ def guard(device):
         if isinstance(held, Packed):
             keys, values = ({name: guarded(tensor, device) for name, tensor in side.items()} for side in (held.keys, held.values))
             lengths, pairs = guarded(held.lengths, device), guarded(held.pairs, device)
-            return replace(held, keys=keys, values=values, lengths=lengths, pairs=pairs)
+            bases = held.bases and Bases(*(guarded(matrices, device) for matrices in held.bases))
+            return replace(held, keys=keys, values=values, lengths=lengths, pairs=pairs, bases=bases)
         if isinstance(held, Window):
             mask = None if held.mask is None else held.mask.to(device)
             return Window(guarded(held.keys, device), guarded(held.values, device), mask)

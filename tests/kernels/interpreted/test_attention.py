@@ -50,6 +50,15 @@ CASES = [
     ("rotated", 8, 8, 256, 4, torch.float16, 200.0),
     ("rotated", 3, 2, 80, 4, torch.bfloat16, 1.0),
     ("rotated", 4, 8, 16, 4, torch.float32, 1.0),
+    ("spectral", 4, 4, 128, 4, torch.bfloat16, 1.0),
+    ("spectral", 2, 2, 128, 4, torch.bfloat16, 200.0),
+    ("spectral", 3, 8, 128, 7, torch.float16, 20.0),
+    ("spectral", 8, 3, 96, 1, torch.bfloat16, 1.0),
+    ("spectral", 2, 4, 96, 4, torch.float32, 200.0),
+    ("spectral", 4, 2, 64, 16, torch.bfloat16, 200.0),
+    ("spectral", 8, 8, 256, 4, torch.float16, 200.0),
+    ("spectral", 3, 2, 80, 4, torch.bfloat16, 1.0),
+    ("spectral", 3, 8, 16, 4, torch.float32, 1.0),
 ]
 
 
@@ -57,7 +66,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":  # a GPU takes no time for all of 
     BITS, HEAD_DIMS = (2, 3, 4, 8), (64, 96, 128, 256)
     CASES += [
         (fmt, key_bits, value_bits, head_dim, rows, torch.bfloat16, 200.0)
-        for fmt, key_bits, value_bits, head_dim, rows in product(("kivi", "rotated"), BITS, BITS, HEAD_DIMS, (1, 4, 16))
+        for fmt, key_bits, value_bits, head_dim, rows in product(
+            ("kivi", "rotated", "spectral"), BITS, BITS, HEAD_DIMS, (1, 4, 16)
+        )
     ]
 SHAPES = [
     # lengths, head_dim, query rows, outlier
@@ -81,7 +92,7 @@ def test_every_precision(make_packed, exact_attention, attend, fmt, key_bits, va
     assert_close(result, exact_attention(query, [packed], None, head_dim**-0.5))
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 @pytest.mark.parametrize(("lengths", "head_dim", "rows", "outlier"), SHAPES)
 def test_every_shape(make_packed, exact_attention, attend, fmt, lengths, head_dim, rows, outlier):
     packed = make_packed(fmt, lengths, head_dim, outlier=outlier)
@@ -90,16 +101,16 @@ def test_every_shape(make_packed, exact_attention, attend, fmt, lengths, head_di
     assert_close(result, exact_attention(query, [packed], None, head_dim**-0.5))
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 def test_what_lies_beyond_the_tokens_does_not_count(make_packed, exact_attention, attend, fmt):
     """Storage may have room for more tokens than its runs have: NaN and random codes here."""
     packed = make_packed(fmt, [33, 40], 64, outlier=20.0)
     room = make_packed(fmt, [33, 40, 64], 64, outlier=20.0, pairs=[0, 1, 1])
     for side, wide in ((packed.keys, room.keys), (packed.values, room.values)):
         for name in side:
-            if name != "centre":
+            if name not in ("centre", "deviations"):
                 beyond = wide[name][side[name].shape[0] :]
-                side[name] = torch.cat([side[name], beyond if name == "words" else beyond * torch.nan])
+                side[name] = torch.cat([side[name], beyond * torch.nan if name in ("scale", "minimum") else beyond])
     query = random_query(2, 4, 64)
     held = make_packed(fmt, [33, 40], 64, outlier=20.0)
     assert_close(attend(query, [packed], None, 0.125), exact_attention(query, [held], None, 0.125))
@@ -113,12 +124,13 @@ def test_window_alone(exact_attention, attend, dtype):
 
 
 def test_all_together(make_packed, exact_attention, attend):
-    """Two sequences of two KV heads, three queries a head, two positions: four parts, causal window with padding."""
+    """Two sequences of two KV heads, three queries a head, two positions: five parts, causal window with padding."""
     parts = [
         make_packed("kivi", [40, 33], 64, 4, 2, outlier=20.0, pairs=[0, 2]),
         make_packed("rotated", [64, 1], 64, 2, 3, seed=1, pairs=[1, 3]),
         make_packed("rotated", [5, 0, 7], 64, 8, 8, seed=2, pairs=[1, 3, 1]),
         make_packed("kivi", [31, 90], 64, 16, 16, seed=3, pairs=[3, 0]),
+        make_packed("spectral", [40, 9], 64, 3, 2, seed=4, pairs=[3, 0]),
     ]
     keys, values = torch.randn(2, 4, 19, 64)
     mask = torch.ones(2, 2, 19, dtype=torch.bool).tril(17)
@@ -148,7 +160,7 @@ def test_rows_that_see_nothing_give_zero(make_packed, attend):
             assert torch.equal(lse, torch.full((2, 4), -torch.inf))
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 def test_the_items_do_not_show(make_packed, attend, fmt):
     packed = make_packed(fmt, [500, 130], 32)
     query = random_query(2, 4, 32)
@@ -158,7 +170,7 @@ def test_the_items_do_not_show(make_packed, attend, fmt):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 def test_many_small_weights_count_beside_a_large_one(make_packed, exact_attention, attend, fmt):
     """Weights of 1e-6 beside one of 1 are below the smallest fp16 number that has full precision."""
     packed = make_packed(fmt, [1000], 16, 8, 8)

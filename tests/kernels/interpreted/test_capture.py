@@ -29,6 +29,7 @@ class Watch(TorchDispatchMode):
 
 def step_of(make_packed, lengths, window_tokens=9):
     parts = [make_packed("kivi", lengths, 32, 4, 2), make_packed("rotated", lengths[::-1], 32, 3, 8)]
+    parts.append(make_packed("spectral", lengths, 32, 2, 4))
     keys, values = torch.randn(2, 2, window_tokens, 32)
     window = Window(keys, values, torch.ones(1, 2, window_tokens, dtype=torch.bool))
     query = torch.randn(2, 4, 32)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ib_analysis.cache.attention import cache_argument, use_attention
 from ib_analysis.cache.compressed import CompressedCache
+from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.plan import HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.model.shape import cache_shape
@@ -20,7 +21,7 @@ PROMPT = "The farmer sold the red apple to the old sailor, and the sailor kept t
 FOLLOW_UP = 6  # tokens of the prompt that come after the cache is filled
 PLANS = (
     (HeadPlan("kivi", (Tier(0.3, 4, 4), Tier(0.6, 2, 2))), HeadPlan("rotated", (Tier(0.9, 3, 2),))),
-    (HeadPlan("kivi", (Tier(0.9, 8, 4),)), HeadPlan("kivi", (Tier(0.5, 16, 16),))),
+    (HeadPlan("spectral", (Tier(0.3, 4, 4), Tier(0.6, 2, 4))), HeadPlan("kivi", (Tier(0.5, 16, 16),))),
     (HeadPlan("rotated", (Tier(0.5, 4, 4), Tier(0.3, 4, 4))), HeadPlan("rotated")),
     (HeadPlan("rotated", (Tier(0.8, 2, 8),)), HeadPlan("kivi", (Tier(0.8, 3, 3),))),
 )
@@ -30,7 +31,10 @@ def generate(model, ids, mask, new_tokens, backend, monkeypatch):
     """Greedy tokens [B, n] and logits [n, B, V], and the cache."""
     monkeypatch.setenv(VARIABLE, backend)
     use_attention(model)
-    spec = CacheSpec(cache_shape(model.config), Recent(3, 5, 4), SCORERS["value_aware"])
+    shape, generator = cache_shape(model.config), torch.Generator().manual_seed(0)
+    sizes = [(layer.kv_heads, layer.head_dim, layer.head_dim) for layer in shape.layers]
+    bases = KeyBases(tuple(torch.linalg.qr(torch.randn(size, generator=generator))[0].half() for size in sizes))
+    spec = CacheSpec(shape, Recent(3, 5, 4), SCORERS["value_aware"], bases)
     cache = CompressedCache(spec, PLANS[: len(spec.shape.layers)])
     filled = cache_argument(model, cache)
     with torch.no_grad():

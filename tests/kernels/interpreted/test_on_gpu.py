@@ -12,7 +12,7 @@ def needs_gpu(device):
         pytest.skip("needs a CUDA GPU")
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_assembly_changes_no_bit(monkeypatch, make_packed, guard, fmt, bits, head_dim):

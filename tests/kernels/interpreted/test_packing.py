@@ -26,12 +26,13 @@ CASES = [
     ("rotated", 8, 2, 64, torch.bfloat16, [129, 1, 128, 127]),
     ("rotated", 8, 3, 48, torch.bfloat16, [33, 0, 1, 30]),
     ("rotated", 4, 2, 16, torch.float32, LENGTHS),
+    ("spectral", 4, 2, 64, torch.bfloat16, [33, 0, 1, 30]),
 ]
 if os.environ.get("TRITON_INTERPRET") != "1":  # a GPU takes no time for all of them
     dtypes = (torch.bfloat16, torch.float32)
     CASES += [
         (fmt, bits, bits, head_dim, dtype, [129, 1, 128, 127])
-        for fmt, bits, head_dim, dtype in product(("kivi", "rotated"), (2, 3, 4, 8), (64, 96, 128, 256), dtypes)
+        for fmt, bits, head_dim, dtype in product(("kivi", "rotated", "spectral"), (2, 3, 4, 8), (64, 96, 128, 256), dtypes)
     ]
 
 
@@ -103,7 +104,7 @@ def test_round_trip_is_within_half_a_step(packed_by_kernels, unpacked_by_kernels
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN is cast to a code before its scale makes it NaN again
-@pytest.mark.parametrize(("fmt", "bits"), [("kivi", 4), *(("rotated", bits) for bits in (2, 3, 4, 8))])
+@pytest.mark.parametrize(("fmt", "bits"), [("kivi", 4), ("spectral", 3), *(("rotated", bits) for bits in (2, 3, 4, 8))])
 def test_saturation_and_nan_stay_where_they_are(packed_by_kernels, fmt, bits):
     keys, values, rows, pairs = random_cache(32, torch.float32)
     keys[0, 0, :, 1], values[0, 0, :, 1] = 1e9, torch.inf
@@ -166,7 +167,7 @@ def test_sizes_of_programs_do_not_show(packed_by_kernels, unpacked_by_kernels, m
         assert torch.equal(unpacked, expected)
 
 
-@pytest.mark.parametrize("fmt", ["kivi", "rotated"])
+@pytest.mark.parametrize("fmt", ["kivi", "rotated", "spectral"])
 def test_nothing_to_pack(packed_by_kernels, unpacked_by_kernels, fmt):
     keys, values, _, pairs = random_cache(32, torch.bfloat16)
     lengths, rows = torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)

@@ -3,4 +3,4 @@
 from ib_kernels.formats.format import Format, Kernels
 from ib_kernels.formats.kivi.reference import KiviKeys, KiviValues
 
-KIVI = Format("kivi", KiviKeys(), KiviValues(), Kernels("ib_kernels.formats.kivi.kernels", grouped=True, rotates=False))
+KIVI = Format("kivi", KiviKeys(), KiviValues(), Kernels("ib_kernels.formats.kivi.kernels", scales="groups", rotates=False))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from ib_kernels.bases import Bases
 from ib_kernels.bitpack import words_per_token
-from ib_kernels.formats.format import Bits, Side, SideName, Sides
+from ib_kernels.formats.format import Side, SideName
 from ib_kernels.formats.kivi.reference import GROUP_CHANNELS, GROUP_TOKENS
 from ib_kernels.quantize_triton import (
     addresses,
@@ -34,15 +35,12 @@ KEY_WARPS, VALUE_WARPS = 1, 2  # of programs that pack up to 128 channels; twice
 GROUPS = 8  # that a program packs
 
 
-def pack(
-    keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: Bits, fitted: Sides | None
-) -> Sides:
-    """Both sides of `quantize_pack`; `counts` are the lengths. Nothing is fitted."""
-    groups = blocks(lengths, GROUP_TOKENS, counts)
-    return Sides(
-        _pack(pack_keys_kernel, keys, rows, groups, (groups.shape[0], keys.shape[3]), bits[0]),
-        _pack(pack_values_kernel, values, rows, groups, (rows.shape[0], -(-values.shape[3] // GROUP_CHANNELS)), bits[1]),
-    )
+def pack(name: SideName, x: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: int, fitted: Side | None) -> Side:
+    """One side of `quantize_pack`; `counts` are the lengths. Nothing is fitted."""
+    groups, head_dim = blocks(lengths, GROUP_TOKENS, counts), x.shape[3]
+    if name == "keys":
+        return _pack(pack_keys_kernel, x, rows, groups, (groups.shape[0], head_dim), bits)
+    return _pack(pack_values_kernel, x, rows, groups, (rows.shape[0], -(-head_dim // GROUP_CHANNELS)), bits)
 
 
 def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int) -> Tensor:
@@ -57,7 +55,7 @@ def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int
     return out
 
 
-def queries(keys: Side, pairs: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+def queries(keys: Side, pairs: Tensor, query: Tensor, bases: Bases | None) -> tuple[Tensor, Tensor]:
     """Query rows as they are, and no shifts: any tensor serves."""
     return query, query
 

@@ -3,5 +3,5 @@
 from ib_kernels.formats.format import Format, Kernels
 from ib_kernels.formats.rotated.reference import RotatedKeys, RotatedValues
 
-KERNELS = Kernels("ib_kernels.formats.rotated.kernels", grouped=False, rotates=True)
+KERNELS = Kernels("ib_kernels.formats.rotated.kernels", scales="tokens", rotates=True)
 ROTATED = Format("rotated", RotatedKeys(), RotatedValues(), KERNELS)

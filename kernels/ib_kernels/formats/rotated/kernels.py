@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from ib_kernels.bases import Bases
 from ib_kernels.bitpack import words_per_token
-from ib_kernels.formats.format import Bits, Side, SideName, Sides
+from ib_kernels.formats.format import Side, SideName
 from ib_kernels.formats.rotated import rotation
 from ib_kernels.formats.rotated.reference import CENTRE_TOKENS, GAUSSIAN_STEP, STEP_MULTIPLES, hadamard_order
 from ib_kernels.formats.rotated.steps import least_error_step, reciprocal_step
@@ -38,34 +39,22 @@ WARPS = 1  # of such a program, more of them for more than 128 channels
 MEAN_LAUNCH = {"num_warps": 4, "num_stages": 2}
 
 
-def pack(
-    keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: Bits, fitted: Sides | None
-) -> Sides:
-    """Both sides of `quantize_pack`; `counts` are the lengths. Keys are centred on their `fitted` centre, or a new one."""
-    of_tokens = blocks(lengths, TOKENS, counts)
-    packed_values = pack_side(values, rows, of_tokens, bits[1], None)  # first: then the GPU is not idle
-    if fitted is None:
-        centres = centre(keys, rows, blocks(lengths, max([1, *counts]), counts), lengths.shape[0])
+def pack(name: SideName, x: Tensor, rows: Tensor, lengths: Tensor, counts: list[int], bits: int, fitted: Side | None) -> Side:
+    """One side of `quantize_pack`; `counts` are the lengths. Keys are centred on their `fitted` centre, or a new one."""
+    if name == "values":
+        centres = None
+    elif fitted is not None:
+        centres = fitted["centre"]
     else:
-        centres = fitted.keys["centre"]
-    return Sides(pack_side(keys, rows, of_tokens, bits[0], centres), packed_values)
-
-
-def pack_side(x: Tensor, rows: Tensor, of_tokens: Tensor, bits: int, centre: Tensor | None) -> Side:
-    """Keys around the centres fp16 [P, D], or values if there are none.
-
-    Args:
-        x, rows: as for `quantize_pack`.
-        of_tokens: the blocks of TOKENS tokens.
-    """
-    head_dim = x.shape[3]
+        centres = fit_centres(x, rows, blocks(lengths, max([1, *counts]), counts), lengths.shape[0])
+    of_tokens, head_dim = blocks(lengths, TOKENS, counts), x.shape[3]
     words = empty(torch.int16, x, rows.shape[0], words_per_token(head_dim, bits))
     scale = empty(torch.float16, x, rows.shape[0], 1)
     if of_tokens.shape[0]:
-        tensors = (words, scale, scale if centre is None else centre.float())  # converted here once, not by every program
-        selected, launch = pack_constants(head_dim, bits, centre is not None), pack_launch(head_dim, bits, x.dtype)
+        tensors = (words, scale, scale if centres is None else centres.float())  # converted here once, not by every program
+        selected, launch = pack_constants(head_dim, bits, centres is not None), pack_launch(head_dim, bits, x.dtype)
         pack_kernel[(of_tokens.shape[0],)](x, rows, of_tokens, *tensors, *source(x), **selected, **launch)
-    return {"words": words, "scale": scale} | ({} if centre is None else {"centre": centre})
+    return {"words": words, "scale": scale} | ({} if centres is None else {"centre": centres})
 
 
 def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int) -> Tensor:
@@ -81,12 +70,12 @@ def unpack(name: SideName, side: Side, lengths: Tensor, head_dim: int, bits: int
     return out
 
 
-def queries(keys: Side, pairs: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+def queries(keys: Side, pairs: Tensor, query: Tensor, bases: Bases | None) -> tuple[Tensor, Tensor]:
     """Query rows rotated for each run, and the shifts that half a step and the centre make."""
     return rotation.rotate_query(keys["centre"], pairs, query)
 
 
-def centre(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
+def fit_centres(keys: Tensor, rows: Tensor, runs: Tensor, count: int) -> Tensor:
     """Mean of a sample of the kept keys of every run (see `reference`): fp16 [P, D], 0 for an empty run.
 
     Args:

@@ -26,13 +26,15 @@ PATTERNS = {
 GAUSSIAN_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308, 9: 0.0164, 10: 0.0088}
 GAUSSIAN_ERROR = {1: 0.363, 2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.00349, 6: 1.04e-3, 7: 3.0e-4, 8: 8.8e-5, 9: 2.5e-5, 10: 7.1e-6}
 
-# A step is made for a deviation: a power of two, whose exponent is so many parts of an octave below a top. The tops of the last
-# three quarters are relative to the first's exponent. All four numbers of parts are one word of 16 bits.
-TOPS, PARTS, PART_BITS = (13.0, 0.5, 0.0, -0.5), (3, 3, 2, 2), (6, 4, 3, 3)
+# A step is made for a deviation: a power of two, whose exponent is so many parts below a top. The tops of the last three quarters
+# are relative to the first's exponent. Tops and parts are in sixths. All four numbers of parts are one word of 16 bits.
+TOPS, PARTS, PART_BITS = (78, 3, 0, -3), (2, 2, 3, 3), (6, 4, 3, 3)
 NOT_A_NUMBER = 63  # in place of the parts of the first quarter
+LOWEST = -80  # sixths; a table of all powers, because exp2 differs from machine to machine
+POWERS = torch.tensor([2.0 ** (sixths / 6) for sixths in range(LOWEST, TOPS[0] + TOPS[1] + 1)])
 TRIED = (-2, -1, 0, 1, 2)  # parts by which a step may differ from the one for a Gaussian
 TINY = 2.0**-100  # so that the logarithm of a deviation is finite
-BLOCK_TOKENS = 2048  # that are quantized together
+BLOCK_TOKENS, BLOCK_TOKENS_GPU = 2048, 2**17  # that are quantized together: what a CPU's cache holds, and what a GPU is busy with
 
 
 class SpectralKeys:
@@ -58,7 +60,7 @@ class SpectralKeys:
         centred, pattern = _centred(x, lengths, fitted), _patterns(fitted, bits)[ragged.run_of_row(lengths, x.shape[0])]
         codes, steps = x.new_zeros(x.shape, dtype=torch.uint8), x.new_zeros(x.shape[0], 1, dtype=torch.int16)
         for number, depths in enumerate(PATTERNS[bits]):
-            for rows in (pattern == number).nonzero()[:, 0].split(BLOCK_TOKENS):
+            for rows in _blocks(pattern == number):
                 codes[rows], steps[rows, 0] = _encode(centred[rows], depths, bits)
         return codes, {"steps": steps, **fitted}
 
@@ -67,7 +69,7 @@ class SpectralKeys:
         x = metadata["centre"].float()[run]
         pattern = _patterns(metadata, bits)[run]
         for number, depths in enumerate(PATTERNS[bits]):
-            for rows in (pattern == number).nonzero()[:, 0].split(BLOCK_TOKENS):
+            for rows in _blocks(pattern == number):
                 x[rows] += _decode(codes[rows], metadata["steps"][rows, 0], depths, bits)
         return x
 
@@ -75,8 +77,17 @@ class SpectralKeys:
 def _patterns(fitted: Side, bits: int) -> Tensor:
     """Which of PATTERNS[bits] has the least error on each run, if its quarters are Gaussian: int64 [P]."""
     variances = fitted["deviations"].double().square()  # [P, 4]
-    errors = torch.tensor([[GAUSSIAN_ERROR[depth] for depth in depths] for depths in PATTERNS[bits]], dtype=torch.float64)
-    return (variances @ errors.to(variances.device).T).argmin(1)
+    # fp32 times the square of fp16 is exact in fp64, and the order of the sums is fixed: kernels choose the same pattern.
+    errors = torch.tensor([[GAUSSIAN_ERROR[depth] for depth in depths] for depths in PATTERNS[bits]], device=variances.device)
+    lost = variances.new_zeros(variances.shape[0], len(errors))
+    for quarter in range(4):
+        lost += variances[:, quarter, None] * errors[:, quarter].double()
+    return lost.argmin(1)
+
+
+def _blocks(chosen: Tensor) -> tuple[Tensor, ...]:
+    """The rows that are chosen of bool [N], so many at a time as are handled together."""
+    return chosen.nonzero()[:, 0].split(BLOCK_TOKENS if chosen.device.type == "cpu" else BLOCK_TOKENS_GPU)
 
 
 def _centred(x: Tensor, lengths: Tensor, fitted: Side) -> Tensor:
@@ -95,12 +106,12 @@ def _encode(x: Tensor, depths: tuple[int, ...], bits: int) -> tuple[Tensor, Tens
     quarters = _quarters(x)
     deviations = [_deviation(quarter) for quarter in quarters]
     # The first is high enough for all quarters: one that is larger than it may be would be cut off.
-    needed = torch.stack([d * 2.0**-top for d, top in zip(deviations[1:], TOPS[1:])]).amax(0)
-    lowest = (PARTS[0] * (TOPS[0] - needed.clamp(min=TINY).log2())).nan_to_num(0.0).floor().long().clamp(0, NOT_A_NUMBER - 1)
+    needed = torch.stack([d * 2.0 ** (-top / 6) for d, top in zip(deviations[1:], TOPS[1:])]).amax(0)
+    lowest = _parts_below(torch.full_like(needed, TOPS[0]), needed, PARTS[0]).floor().long().clamp(0, NOT_A_NUMBER - 1)
     parts: list[Tensor] = []
     for q, (quarter, depth, deviation) in enumerate(zip(quarters, depths, deviations)):
         last = lowest if q == 0 else torch.full_like(lowest, 2 ** PART_BITS[q] - 1)
-        parts.append(_best_part(quarter, depth, deviation, _top(parts, q, deviation), PARTS[q], last))
+        parts.append(_best_part(quarter, depth, deviation, _top(parts, q, lowest), PARTS[q], last))
     codes = [_codes(quarter, step, depth) for quarter, step, depth in zip(quarters, _steps(parts, depths), depths)]
     parts[0] = parts[0].masked_fill(x.isnan().any(1), NOT_A_NUMBER)
     joined, steps = _join(codes, depths), _join(parts, PART_BITS)
@@ -118,13 +129,23 @@ def _decode(codes: Tensor, steps: Tensor, depths: tuple[int, ...], bits: int) ->
 
 def _steps(parts: list[Tensor], depths: tuple[int, ...]) -> list[Tensor]:
     """The steps fp32 [N] of each quarter."""
-    tops = [_top(parts, q, parts[0].float()) for q in range(4)]
-    return [GAUSSIAN_STEP[depth] * torch.exp2(top - part / p) for depth, top, part, p in zip(depths, tops, parts, PARTS)]
+    tops = [_top(parts, q, parts[0]) for q in range(4)]
+    return [_step(top - part * size, depth) for depth, top, part, size in zip(depths, tops, parts, PARTS)]
+
+
+def _step(sixths: Tensor, depth: int) -> Tensor:
+    """fp32 [N]: for a deviation of 2**(sixths / 6)."""
+    return GAUSSIAN_STEP[depth] * POWERS.to(sixths.device)[sixths - LOWEST]
 
 
 def _top(parts: list[Tensor], q: int, like: Tensor) -> Tensor:
-    """Exponents fp32 [N] of the largest deviation that a step of quarter q can be made for."""
-    return torch.full_like(like, TOPS[0]) if q == 0 else TOPS[0] - parts[0] / PARTS[0] + TOPS[q]
+    """Sixths int64 [N] of the largest deviation that a step of quarter q can be made for."""
+    return torch.full_like(like, TOPS[0]) if q == 0 else TOPS[0] - parts[0] * PARTS[0] + TOPS[q]
+
+
+def _parts_below(tops: Tensor, deviation: Tensor, size: int) -> Tensor:
+    """fp32 [N]: how many parts of `size` sixths a deviation is below its top; 0 for NaN."""
+    return ((tops - 6 * deviation.clamp(min=TINY).log2()) / size).nan_to_num(0.0)
 
 
 def _deviation(quarter: Tensor) -> Tensor:
@@ -132,17 +153,17 @@ def _deviation(quarter: Tensor) -> Tensor:
     return quarter.double().square().mean(1).sqrt().float()
 
 
-def _best_part(quarter: Tensor, depth: int, deviation: Tensor, tops: Tensor, of_octave: int, last: Tensor) -> Tensor:
+def _best_part(quarter: Tensor, depth: int, deviation: Tensor, tops: Tensor, size: int, last: Tensor) -> Tensor:
     """int64 [N]: of the step for a Gaussian of this deviation and a few beside it the one with the least squared error.
 
-    In parts of an octave down from 2**tops, 0 to `last`.
+    In parts of `size` sixths down from the tops, 0 to `last`.
     """
-    gaussian = (of_octave * (tops - deviation.clamp(min=TINY).log2())).round().nan_to_num(0.0).long()
+    gaussian = _parts_below(tops, deviation, size).round().long()
     best = gaussian.clamp(min=0).minimum(last)
     least = torch.full_like(deviation, torch.inf, dtype=torch.float64)
     for more in TRIED:
         part = (gaussian + more).clamp(min=0).minimum(last)
-        step = GAUSSIAN_STEP[depth] * torch.exp2(tops - part / of_octave)
+        step = _step(tops - part * size, depth)
         error = _squared_error(quarter, step, depth)
         less = error < least  # not if NaN
         best, least = torch.where(less, part, best), torch.where(less, error, least)
