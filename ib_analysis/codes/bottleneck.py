@@ -2,7 +2,7 @@
 
 X is the key, or the value, of a context token. Y is what the model predicts from at that token: its last hidden state, of
 which random projections are taken, so that I(T; Y) is at most what the whole state would give. T is X through a dithered
-quantizer: X + N, N independent with the power of the quantizer's error in each channel.
+quantizer: X + N, N independent with the covariance of the quantizer's errors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MAX_PROJECTIONS = 64
 CURVE_POINTS = 60
 MAX_BETA = 1e6
 RIDGE = 1e-9  # of the mean variance: values of a first layer may span fewer dimensions than they have
-COLUMNS = ["layer", "head", "side", "kind", "format", "bits", "rate_bits", "relevance_bits", "flags"]
+SMALLEST_GAIN = 1e-3  # of a copy that still says something of x
+COLUMNS = ["layer", "head", "side", "kind", "format", "bits", "rate_bits", "relevance_bits", "gap_bits", "flags"]
 
 
 def local_plane(replays: Replays) -> pd.DataFrame:
@@ -40,8 +41,9 @@ def local_plane(replays: Replays) -> pd.DataFrame:
     nothing of y, as the bottleneck does.
 
     Columns layer, head, side, kind, format, bits, rate_bits = I(X; T) and relevance_bits = I(T; Y), in bits per token, both
-    of Gaussians with the measured covariances, and flags. These are not corrected for their bias, about dx dy / (2 N ln 2) bits;
-    below 10 tokens a dimension of x and y every row is flagged "too few samples".
+    of Gaussians with the measured covariances, gap_bits, the rate of a dithered point less that of the bottleneck with the same
+    relevance, in bits per channel, and flags. These are not corrected for their bias, about dx dy / (2 N ln 2) bits; below 10
+    tokens a dimension of x and y every row is flagged "too few samples".
 
     Raises CalibrationError if there are no more tokens than dimensions: x would determine y, whatever they are.
     """
@@ -67,9 +69,11 @@ def local_plane(replays: Replays) -> pd.DataFrame:
             assert moments is not None
             noise = _noise(moments, u, joint[side][u].diagonal()[:dim].max())
             point = place | {"format": fmt, "bits": bits}
-            for kind, of_kind in (("dithered", noisy_copy), ("floor", floor_of_copy)):
-                rate, kept = of_kind(joint[side][u], dim, noise)
-                rows.append(point | {"kind": kind, "rate_bits": float(rate), "relevance_bits": float(kept)})
+            rate, kept = (float(x) for x in noisy_copy(joint[side][u], dim, noise))
+            gap = (rate - np.interp(kept, curve[1], curve[0])) / dim
+            rows.append(point | {"kind": "dithered", "rate_bits": rate, "relevance_bits": kept, "gap_bits": gap})
+            rate, kept = floor_of_copy(joint[side][u], dim, noise)
+            rows.append(point | {"kind": "floor", "rate_bits": rate, "relevance_bits": kept})
     return pd.DataFrame(rows).assign(flags=TOO_FEW if tokens < SAMPLES_PER_DIMENSION * needed else "")[COLUMNS]
 
 
@@ -87,13 +91,13 @@ def bottleneck_curve(covariance: NDArray[np.float64], dim_x: int) -> tuple[NDArr
 
 
 def floor_of_copy(covariance: NDArray[np.float64], dim_x: int, noise: NDArray[np.float64]) -> tuple[float, float]:
-    """(I(X; T), I(T; Y)) of the T of least rate that tells x as exactly as X + N does, N of variance noise [dx].
+    """(I(X; T), I(T; Y)) of the T of least rate that tells x as exactly as X + N does, N of covariance noise [dx, dx].
 
     Reverse water-filling: of the principal components of x [dx] those with more variance than the water level are kept, each
     with an error of that level. The error of X + N is that of the best estimate from it.
     """
     x = covariance[:dim_x, :dim_x]
-    error = float(np.trace(np.linalg.solve(x + np.diag(noise), x) * noise[:, None]))  # tr N (X + N)^-1 X
+    error = float(np.trace(noise @ np.linalg.solve(x + noise, x)))
     variances, directions = np.linalg.eigh(x)
     rate, level = reverse_water_filling(variances.clip(min=0), error)
     kept = variances > level
@@ -102,7 +106,7 @@ def floor_of_copy(covariance: NDArray[np.float64], dim_x: int, noise: NDArray[np
     some, main = variances[kept], directions[:, kept].T  # [k], [k, dx]
     cross = main @ covariance[:dim_x, dim_x:]
     joint = np.block([[np.diag(some), cross], [cross.T, covariance[dim_x:, dim_x:]]])
-    return rate, float(noisy_copy(joint, len(some), level * some / (some - level))[1])
+    return rate, float(noisy_copy(joint, len(some), np.diag(level * some / (some - level)))[1])
 
 
 @torch.no_grad()
@@ -136,14 +140,18 @@ def _dimensions(shape: CacheShape, hidden_size: int) -> int:
 
 
 def _noise(moments: Moments, head: int, power: float) -> NDArray[np.float64]:
-    """Variance [D] of N in y = g (x + N), from the moments of x and its decoded copy y; large where y is constant.
+    """Covariance [D, D] of N in y = G (x + N), from the moments of x and its decoded copy y; large where y says nothing of x.
 
     `power` is the largest variance of x, regularised, so not 0.
     """
     covariance, _ = moments.covariance()
     matrix = covariance[head].cpu().numpy()
     dim = len(matrix) // 2
-    power_x, power_y, shared = matrix.diagonal()[:dim], matrix.diagonal()[dim:], matrix[:dim, dim:].diagonal()
-    gain = shared / np.maximum(power_x, np.finfo(float).tiny)
-    relative = np.divide(power_y - gain * shared, gain**2, out=np.full(dim, 1e6 * power), where=gain**2 > 0)
-    return np.clip(relative, 1e-12 * power, 1e6 * power)
+    x, y, shared = matrix[:dim, :dim], matrix[dim:, dim:], matrix[dim:, :dim]
+    gain = np.linalg.lstsq(x, shared.T, rcond=1e-9)[0].T
+    left, gains, right = np.linalg.svd(gain)
+    back = right.T / gains.clip(min=SMALLEST_GAIN) @ left.T
+    variances, directions = np.linalg.eigh(back @ (y - gain @ shared.T) @ back.T)
+    silent = right[gains <= SMALLEST_GAIN]
+    noise = directions * variances.clip(1e-12 * power, 1e6 * power) @ directions.T
+    return noise + 1e6 * power * silent.T @ silent

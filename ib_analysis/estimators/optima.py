@@ -36,19 +36,19 @@ def gaussian_bottleneck(correlations: ArrayLike, beta: ArrayLike) -> tuple[NDArr
 
 
 def noisy_copy(covariance: ArrayLike, dim_x: int, noise: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(I(X; T), I(T; Y)) in bits [...] of T = X + independent Gaussian noise of variance noise [..., dx] in each channel.
+    """(I(X; T), I(T; Y)) in bits [...] of T = X + independent Gaussian noise with the covariances noise [..., dx, dx].
 
     x and y are Gaussian with joint covariance [dx + dy, dx + dy], x first. No such T lies above `gaussian_bottleneck`.
     """
     matrix = np.asarray(covariance, dtype=np.float64)
     x, y, cross = matrix[:dim_x, :dim_x], matrix[dim_x:, dim_x:], matrix[:dim_x, dim_x:]
-    power = np.asarray(noise, dtype=np.float64)
-    if not (power > 0).all():
-        raise EstimatorError("a copy without noise tells everything: pass positive variances")
-    added = power[..., None] * np.eye(dim_x)
+    added = np.asarray(noise, dtype=np.float64)
+    variances = np.linalg.eigvalsh(added)
+    if not (variances > 0).all():
+        raise EstimatorError("a copy without noise tells everything: pass covariances of noise in all directions")
     received = np.linalg.slogdet(x + added)[1]
     given_y = np.linalg.slogdet(x - cross @ np.linalg.solve(y, cross.T) + added)[1]
-    return (received - np.log(power).sum(-1)) / 2 / log(2), (received - given_y) / 2 / log(2)
+    return (received - np.log(variances).sum(-1)) / 2 / log(2), (received - given_y) / 2 / log(2)
 
 
 def reverse_water_filling(variances: ArrayLike, distortion: float) -> tuple[float, float]:

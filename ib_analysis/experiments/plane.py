@@ -61,7 +61,11 @@ class Plane:
         shares = {"budget_share": "{:.4g}".format}
         columns = ["family", "setting", "budget_share", "stored_bits", "code_rate_bits", *bits]
         shown = self.points.loc[self.points.best, columns]
-        return shown.to_string(index=False, formatters={**rates, **bits, **shares})
+        told = shown.to_string(index=False, formatters={**rates, **bits, **shares})
+        if self.local.empty:
+            return told
+        gaps = self.local.pivot_table("gap_bits", ["side", "format"], "bits").to_string(float_format="{:.2f}".format)
+        return f"{told}\n\nBits per channel above the Gaussian bottleneck, means over heads:\n{gaps}"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Retained information against both rates; with `path` also written there as PDF, PNG and CSV."""

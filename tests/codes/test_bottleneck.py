@@ -46,6 +46,8 @@ def test_no_dithered_point_crosses_the_bottleneck(bench, local):
             for _, point in some.iterrows():
                 assert 0 < point.relevance_bits < point.rate_bits
                 assert not crosses(covariance, 64, point.rate_bits, point.relevance_bits)
+                assert 0 < 64 * point.gap_bits < point.rate_bits
+    assert local[local.kind != "dithered"].gap_bits.isna().all()
 
 
 def test_what_lies_above_the_curve_crosses_it(bench):
@@ -81,13 +83,19 @@ def random_covariance(rng, dim):
     return factor @ factor.T
 
 
+def random_noises(rng, covariance, dim_x):
+    """Twenty covariances, of other sizes and directions than those of x."""
+    turns = np.linalg.qr(rng.standard_normal((20, dim_x, dim_x)))[0]
+    sizes = np.exp(rng.normal(0, 3, (20, 1, dim_x))) * covariance.diagonal()[:dim_x]
+    return turns * sizes @ turns.swapaxes(1, 2)
+
+
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
 def test_no_noise_beats_the_bottleneck(seed, dim_x, dim_y):
     rng = np.random.default_rng(seed)
     covariance = random_covariance(rng, dim_x + dim_y)
-    noise = np.exp(rng.normal(0, 3, (20, dim_x))) * covariance.diagonal()[:dim_x]
-    rates, relevances = noisy_copy(covariance, dim_x, noise)
+    rates, relevances = noisy_copy(covariance, dim_x, random_noises(rng, covariance, dim_x))
     for rate, relevance in zip(rates, relevances):
         assert 0 <= relevance <= rate
         assert not crosses(covariance, dim_x, rate, relevance)
@@ -99,7 +107,7 @@ def test_no_copy_as_exact_has_fewer_bits_than_its_floor(seed, dim_x, dim_y):
     """And what it says of y, no bottleneck says for less."""
     rng = np.random.default_rng(seed)
     covariance = random_covariance(rng, dim_x + dim_y)
-    for noise in np.exp(rng.normal(0, 3, (20, dim_x))) * covariance.diagonal()[:dim_x]:
+    for noise in random_noises(rng, covariance, dim_x):
         rate, relevance = floor_of_copy(covariance, dim_x, noise)
         assert 0 <= relevance <= rate + 1e-9
         assert rate <= noisy_copy(covariance, dim_x, noise)[0] + 1e-9
@@ -110,9 +118,9 @@ def test_floors_measured_on_samples():
     """Water-filling's own code of the samples, encoded with the rate and no more than the error of the copy."""
     rng = np.random.default_rng(0)
     covariance = random_covariance(rng, 5)
-    noise = np.array([0.5, 1.0, 2.0]) * covariance.diagonal()[:3]
+    noise = random_noises(rng, covariance, 3)[0]
     z = rng.standard_normal((200_000, 5)) @ np.linalg.cholesky(covariance).T
-    x, copy = z[:, :3], z[:, :3] + rng.standard_normal((200_000, 3)) * np.sqrt(noise)
+    x, copy = z[:, :3], z[:, :3] + rng.standard_normal((200_000, 3)) @ np.linalg.cholesky(noise).T
     error = np.square(x - copy @ np.linalg.lstsq(copy, x, rcond=None)[0]).sum(1).mean()
     variances, directions = np.linalg.eigh(covariance[:3, :3])
     expected, level = reverse_water_filling(variances, error)
@@ -130,9 +138,9 @@ def test_floors_measured_on_samples():
 def test_noisy_copies_measured_on_samples():
     rng = np.random.default_rng(0)
     covariance = random_covariance(rng, 5)
-    noise = np.array([0.5, 1.0, 2.0]) * covariance.diagonal()[:3]
+    noise = random_noises(rng, covariance, 3)[0]
     z = rng.standard_normal((200_000, 5)) @ np.linalg.cholesky(covariance).T
-    copy = z[:, :3] + rng.standard_normal((200_000, 3)) * np.sqrt(noise)
+    copy = z[:, :3] + rng.standard_normal((200_000, 3)) @ np.linalg.cholesky(noise).T
     rate, relevance = noisy_copy(covariance, 3, noise)
     assert Gaussian().estimate(z[:, :3], copy).bits == pytest.approx(rate, abs=0.02)
     assert Gaussian().estimate(copy, z[:, 3:]).bits == pytest.approx(relevance, abs=0.02)
@@ -187,4 +195,4 @@ def test_a_dead_head_tells_nothing(replays_of):
 
 def test_copies_without_noise_are_refused():
     with pytest.raises(EstimatorError, match="without noise"):
-        noisy_copy(np.eye(3), 2, [0.0, 1.0])
+        noisy_copy(np.eye(3), 2, np.diag([0.0, 1.0]))

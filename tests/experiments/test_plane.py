@@ -101,7 +101,7 @@ def test_a_whole_plane_from_few_prompts(embedded, tmp_path):
     plane.plot(tmp_path / "plane")
     plane.plot_local(tmp_path / "local")
     assert {path.name for path in tmp_path.iterdir()} == {f"{n}.{k}" for n in ("plane", "local") for k in ("pdf", "png", "csv")}
-    assert "optimal" in str(plane)
+    assert "optimal" in str(plane) and "above the Gaussian bottleneck" in str(plane)
     assert pd.read_csv(tmp_path / "plane.csv").family.tolist() == plane.points.family.tolist()  # no name that reads as absent
 
 
