@@ -10,10 +10,20 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ib_analysis.errors import CorruptFileError, IBAnalysisError, ModelNotFoundError, UnsupportedModelError
 from ib_analysis.model.bundled import MODEL
+
+MAX_NUMBERS_PER_BYTE = 16  # of weights; those of 1 bit have 8
+SMALL = 2**24  # numbers that a model may have, whatever its files hold
 
 
 def load(
@@ -45,6 +55,8 @@ def load(
             raise UnsupportedModelError(f"{place} is a {config.model_type} model, not a decoder that predicts next tokens")
         if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
             raise UnsupportedModelError(f"{place} is a {config.model_type} model with an encoder: pass a decoder-only model")
+        if local and not file and not trust_remote_code:
+            _check_size(source, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             place,
             local_files_only=local,
@@ -67,6 +79,10 @@ def load(
             raise
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"cannot load {place!r}: {reason} (pass a hub name, or a folder with the model)") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        raise CorruptFileError(
+            f"the config.json of {place} describes no model that can be built ({error!r}): get it again"
+        ) from error
     return model.eval(), tokenizer
 
 
@@ -101,6 +117,15 @@ def _check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise CorruptFileError(f"{file} is no GGUF file: get it again")
+
+
+def _check_size(folder: Path, config: PreTrainedConfig) -> None:
+    """Before memory is taken for numbers that the files do not have, as a damaged config may ask for terabytes."""
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if numbers > max(MAX_NUMBERS_PER_BYTE * held, SMALL):
+        raise CorruptFileError(f"the config.json of {folder} asks for {numbers:,} numbers, but its weights are {held:,} bytes")
 
 
 def _check_weights(place: str, report: dict[str, Any]) -> None:

@@ -115,6 +115,16 @@ def test_cut_json_is_refused(copy, file):
         load(copy)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [({"hidden_act": "siluu"}, "describes no model"), ({"hidden_size": 10**9}, "but its weights are")]
+)
+def test_a_damaged_config_is_refused_before_memory_is_taken(copy, value, message):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | value))
+    with pytest.raises(CorruptFileError, match=message):
+        load(copy)
+
+
 def test_absent_weights_are_not_made_up(copy):
     """transformers would go on with random numbers in their place."""
     weights = load_file(copy / "model.safetensors")
