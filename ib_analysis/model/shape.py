@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ib_analysis.errors import UnsupportedModelError
 
+MAX_SIZE = 2**14  # KV heads or channels that a layer may have; more is a damaged file
 ELEMENT_BYTES = 2  # of the full 16-bit cache, and of tokens that are never compressed
 
 
@@ -19,6 +20,10 @@ class LayerShape:
     kv_heads: int
     head_dim: int
     sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(size, int) and 0 < size <= MAX_SIZE for size in (self.kv_heads, self.head_dim)):
+            raise ValueError(f"no layer has {self.kv_heads!r} KV heads of {self.head_dim!r} channels")
 
     @property
     def bytes_per_token(self) -> int:

@@ -57,3 +57,9 @@ def test_only_sliding_layers_and_encoders_are_refused():
         cache_shape(AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16))
     with pytest.raises(UnsupportedModelError, match="decoder-only"):
         cache_shape(T5Config())
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(0, 8), (-1, 8), (10**12, 8), (2, 0), (2, 1.5), (2, "8"), (None, 8)])
+def test_sizes_that_no_layer_has_are_refused(heads, head_dim):
+    with pytest.raises(ValueError, match="no layer has"):
+        LayerShape(heads, head_dim)
