@@ -1,4 +1,4 @@
-"""Fits the learned scorer to a model: from tokens' signs to what evicting them would cost, alone and then together."""
+"""Fits the learned scorer to a model: from each token's signs to what evicting it would cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from ib_analysis.replay.replay import Replay
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.scorers.learned import SIGNS, Learned, token_signs
-from ib_analysis.search.refine_weights import refine_weights
 from ib_analysis.search.token_losses import token_losses
 
 TOKENS, PROMPTS = 2**15, 16  # to fit on: so many tokens, but of no fewer prompts
@@ -34,7 +33,7 @@ class TokenRows(NamedTuple):
     """The compressible tokens of one example, for each of U heads in the order of `shape.heads`."""
 
     signs: Tensor  # fp16 [U, n, signs]
-    moved: Tensor  # fp32 [U, S, n], how evicting each would move the output (see `TokenLosses`)
+    losses: Tensor  # fp32 [U, n], what evicting each would cost
 
 
 def unfitted(spec: CacheSpec) -> CacheSpec:
@@ -60,18 +59,15 @@ def read_tokens(replays: Replays, seed: int = 0) -> Iterator[tuple[TokenRows, li
         compressible = slice(replay.first, replay.first + replay.tokens)
         signs = torch.cat([watching.signs[layer][:, compressible] for layer in spec.shape.compressible])
         losses = token_losses(replay, torch.Generator(input_device(model)).manual_seed(seed * 1_000_003 + number))
-        return TokenRows(signs.half(), losses.moved), losses.moments
+        return TokenRows(signs.half(), losses.evicted), losses.moments
 
     with closing(replays.each(read, range(prompts_to_read(replays)), "learning which tokens matter")) as found:
         yield from found
 
 
 def fit_scorer(spec: CacheSpec, rows: Sequence[TokenRows]) -> Learned:
-    """For each head a Poisson regression of tokens' losses on their signs, both relative to their prompt, then refined."""
-    squares = [some.moved.square().sum(1) for some in rows]
-    alone = [_regress([(some.signs[u], lost[u]) for some, lost in zip(rows, squares)]) for u in range(len(spec.shape.heads))]
-    together = refine_weights(torch.tensor(alone), rows)
-    weights = iter([tuple(float(f"{weight:.5g}") for weight in head) for head in together.tolist()])
+    """For each head a Poisson regression of tokens' losses on their signs, both relative to their prompt."""
+    weights = iter([_regress([(some.signs[u], some.losses[u]) for some in rows]) for u in range(len(spec.shape.heads))])
     return Learned(
         tuple(
             tuple(next(weights) for _ in range(layer.kv_heads)) if layer.sliding_window is None else ()
@@ -109,4 +105,4 @@ def _regress(prompts: list[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
         warnings.simplefilter("ignore", ConvergenceWarning)  # what it has found by then ranks tokens as well
         model = PoissonRegressor(alpha=RIDGE, max_iter=300, tol=1e-5)
         model.fit(x / scale, np.concatenate(shares))
-    return tuple((model.coef_ / scale).tolist())
+    return tuple(float(f"{weight:.5g}") for weight in model.coef_ / scale)

@@ -18,15 +18,15 @@ class TokenLosses(NamedTuple):
     """Of U heads, in the order of `shape.heads`.
 
     Attributes:
-        moved: fp32 [U, S, n], how evicting each compressible token moves the head's output o along the gradients of each of S
-            sampled log-probabilities, summed over predictions (see `gradient`): by p_i (o - v_i), to first order in its weight
-            p_i. What evicting a set of them costs is the mean square of their sum, up to a common factor.
+        evicted: fp32 [U, n], what evicting each compressible token alone would cost, up to a common factor. Without token i a
+            head's output o moves by p_i (o - v_i), to first order in its weight p_i. The loss is the mean square of that along
+            the gradients of sampled log-probabilities, summed over predictions (see `gradient`).
         moments: float64 [2, D, D] of each head, second moments of queries, and of keys around their mean. Each is the sum of two
             of mean variance 1: of all alike, because what matters differs from example to example, and weighted by what small
             errors of their logits cost, the mean square of p_i (v_i - o) along the gradients.
     """
 
-    moved: Tensor
+    evicted: Tensor
     moments: list[Tensor]
 
 
@@ -35,7 +35,7 @@ def token_losses(replay: Replay, generator: torch.Generator) -> TokenLosses:
     answered, gradients = score_gradients(replay, generator)
     with torch.no_grad():
         chunks = [_token_losses(attending(replay, heads, answered, gradients)) for heads in heads_alike(replay, answered)]
-    return TokenLosses(torch.cat([chunk.moved for chunk in chunks]), [moments for chunk in chunks for moments in chunk.moments])
+    return TokenLosses(torch.cat([chunk.evicted for chunk in chunks]), [moments for chunk in chunks for moments in chunk.moments])
 
 
 def _token_losses(heads: Attending) -> TokenLosses:
@@ -43,17 +43,17 @@ def _token_losses(heads: Attending) -> TokenLosses:
     lse = torch.logaddexp(heads.exact[1], logits.logsumexp(-1))
     weights = (logits - lse[..., None]).exp()
     level = torch.einsum("urd,usrd->usr", heads.full, heads.directions)
-    moved: list[Tensor] = []
+    evicted = torch.zeros_like(heads.keys[..., 0])
     matters = torch.zeros_like(weights)
     for s in range(heads.directions.shape[1]):
-        by_query = weights * (heads.directions[:, s] @ heads.values.mT - level[:, s, :, None])
-        moved.append(by_query.sum(1))
-        matters += by_query.square()
+        moved = weights * (heads.directions[:, s] @ heads.values.mT - level[:, s, :, None])
+        evicted += moved.sum(1).square()
+        matters += moved.square()
     queries, keys = heads.query.double(), heads.keys.double()
     centred = keys - keys.mean(1, keepdim=True)
     of_queries, of_keys = (matters.sum(axis, dtype=torch.float64) for axis in (2, 1))
     moments = torch.stack([_moments(queries, of_queries), _moments(centred, of_keys)], 1)  # [U, 2, D, D]
-    return TokenLosses(torch.stack(moved, 1).cpu(), list(moments.cpu()))
+    return TokenLosses(evicted.cpu(), list(moments.cpu()))
 
 
 def _moments(x: Tensor, weights: Tensor) -> Tensor:

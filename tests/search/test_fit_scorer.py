@@ -53,7 +53,7 @@ def test_it_keeps_more_of_what_would_be_lost_on_other_prompts_than_value_aware(e
         shares = []
         for example in examples[16:]:
             replay = Replay(model, CacheSpec(spec.shape, RECENT, scorer), example)
-            losses = token_losses(replay, torch.Generator().manual_seed(0)).moved.square().sum(1)  # [U, n]
+            losses = token_losses(replay, torch.Generator().manual_seed(0)).evicted  # [U, n]
             compressible = slice(replay.first, replay.first + replay.tokens)
             scores = torch.cat([replay.context(layer).scores[:, compressible] for layer in spec.shape.compressible])
             best = scores.topk(replay.tokens // 8).indices

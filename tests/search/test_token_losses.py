@@ -28,7 +28,7 @@ def replay(embedded):
 
 
 def test_losses_are_those_of_the_definition(replay):
-    found = token_losses(replay, torch.Generator().manual_seed(0)).moved.square().sum(1)
+    found = token_losses(replay, torch.Generator().manual_seed(0)).evicted
     assert found.shape == (len(replay.spec.shape.heads), replay.tokens)
     answered, gradients = score_gradients(replay, torch.Generator().manual_seed(0))
     for u, (layer, head) in enumerate(replay.spec.shape.heads):
@@ -65,7 +65,7 @@ def test_moments_are_weighted_by_what_errors_of_logits_cost(replay):
 def test_tokens_that_lose_more_are_those_that_measurement_says(replay):
     """Each of 40 tokens evicted alone, in the last layer, where nothing comes in between."""
     layer, head = replay.spec.shape.heads[-1]
-    losses = token_losses(replay, torch.Generator().manual_seed(0)).moved.square().sum(1)[-1]
+    losses = token_losses(replay, torch.Generator().manual_seed(0)).evicted[-1]
     tokens = losses.argsort(descending=True)[np.linspace(0, replay.tokens - 1, 40).astype(int)].tolist()
     but_one = HeadPlan("rotated", (Tier((replay.tokens - 1) / replay.tokens, 16, 16),))
     ranks, measured = replay.ranks[layer].clone(), []
