@@ -103,6 +103,7 @@ def test_registers_and_shared_memory_limit_the_programs_of_a_core(registers, war
     [
         (Asked("tokens", 128, 4, 4, False, True, False, 90), "attend rotated k4 v4 d128 rows 8 float32", 14),
         (Asked("tokens", 128, 4, 4, True, True, False, 90), "attend rotated k4 v4 d128 rows 16 float32", 8),
+        (Asked("quarters", 128, 4, 4, False, True, False, 90), "attend spectral k4 v4 d128 rows 8 float32", 8),
         (Asked("groups", 128, 4, 4, False, False, False, 90), "attend kivi k4 v4 d128 rows 8 bfloat16", 12),
         (Asked("groups", 128, 4, 4, False, True, True, 90), "attend kivi k4 v4 d128 rows 8 float32 softcap", 8),
     ],
