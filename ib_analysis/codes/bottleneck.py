@@ -30,6 +30,7 @@ MAX_PROJECTIONS = 64
 CURVE_POINTS = 60
 MAX_BETA = 1e6
 RIDGE = 1e-9  # of the mean variance: values of a first layer may span fewer dimensions than they have
+LEAST_NOISE, MOST_NOISE = 1e-9, 1e5  # of a variance: as far apart as float64 still tells them apart in one matrix
 SMALLEST_GAIN = 1e-3  # of a copy that still says something of x
 COLUMNS = ["layer", "head", "side", "kind", "format", "bits", "rate_bits", "relevance_bits", "gap_bits", "flags"]
 
@@ -153,5 +154,5 @@ def _noise(moments: Moments, head: int, power: float) -> NDArray[np.float64]:
     back = right.T / gains.clip(min=SMALLEST_GAIN) @ left.T
     variances, directions = np.linalg.eigh(back @ (y - gain @ shared.T) @ back.T)
     silent = right[gains <= SMALLEST_GAIN]
-    noise = directions * variances.clip(1e-12 * power, 1e6 * power) @ directions.T
-    return noise + 1e6 * power * silent.T @ silent
+    noise = directions * variances.clip(LEAST_NOISE * power, MOST_NOISE * power) @ directions.T
+    return noise + MOST_NOISE * power * silent.T @ silent

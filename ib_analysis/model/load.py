@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,15 @@ def load(
         _check_folder(source)
     place = str(source if local else name)
     try:
-        config = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code, **file)
+        with _damage_named(place):
+            config = AutoConfig.from_pretrained(place, local_files_only=local, trust_remote_code=trust_remote_code, **file)
         if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
             raise UnsupportedModelError(f"{place} is a {config.model_type} model, not a decoder that predicts next tokens")
         if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
             raise UnsupportedModelError(f"{place} is a {config.model_type} model with an encoder: pass a decoder-only model")
         if local and not file and not trust_remote_code:
-            _check_size(source, config)
+            with _damage_named(place):
+                _check_size(source, config)
         model, report = AutoModelForCausalLM.from_pretrained(
             place,
             local_files_only=local,
@@ -79,10 +83,6 @@ def load(
             raise
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"cannot load {place!r}: {reason} (pass a hub name, or a folder with the model)") from error
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
-        raise CorruptFileError(
-            f"the config.json of {place} describes no model that can be built ({error!r}): get it again"
-        ) from error
     return model.eval(), tokenizer
 
 
@@ -117,6 +117,15 @@ def _check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise CorruptFileError(f"{file} is no GGUF file: get it again")
+
+
+@contextmanager
+def _damage_named(place: str) -> Iterator[None]:
+    """What transformers makes of a config that describes no model is many kinds of error."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise CorruptFileError(f"the config of {place} describes no model that can be built ({error!r}): get it again") from error
 
 
 def _check_size(folder: Path, config: PreTrainedConfig) -> None:

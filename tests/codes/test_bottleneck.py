@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ib_analysis.cache.plan import BITS, Recent
 from ib_analysis.cache.spec import CacheSpec
-from ib_analysis.codes.bottleneck import bottleneck_curve, floor_of_copy, joint_covariances, local_plane
+from ib_analysis.codes.bottleneck import _noise, bottleneck_curve, floor_of_copy, joint_covariances, local_plane
 from ib_analysis.errors import CalibrationError, EstimatorError
 from ib_analysis.estimators import Gaussian
 from ib_analysis.estimators.estimate import TOO_FEW
+from ib_analysis.estimators.moments import Moments
 from ib_analysis.estimators.optima import canonical_correlations, gaussian_bottleneck, noisy_copy, reverse_water_filling
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay.examples import make_examples
@@ -196,3 +197,18 @@ def test_a_dead_head_tells_nothing(replays_of):
 def test_copies_without_noise_are_refused():
     with pytest.raises(EstimatorError, match="without noise"):
         noisy_copy(np.eye(3), 2, np.diag([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("dim", [1, 4, 64])
+def test_noise_is_positive_whatever_a_copy_loses(dim):
+    """Channels that are exact, that are lost, and that lose a little, turned together."""
+    rng = np.random.default_rng(dim)
+    turn = torch.tensor(np.linalg.qr(rng.standard_normal((dim, dim)))[0])
+    x = torch.tensor(rng.standard_normal((1, 500, dim)) * np.geomspace(1e-4, 1e3, dim)) @ turn
+    kept = torch.tensor(rng.choice([0.0, 1e-4, 1.0], dim))
+    for copy in (x, 0 * x, x @ turn.T * kept @ turn, x + 0.01 * torch.randn_like(x) @ turn * kept):
+        moments = Moments(groups=1)
+        moments.add(x, copy)
+        noise = _noise(moments, 0, float(x.var(1).max()))
+        rate, relevance = noisy_copy(np.eye(2 * dim) + 0.5 * np.eye(2 * dim, k=dim) + 0.5 * np.eye(2 * dim, k=-dim), dim, noise)
+        assert np.isfinite(rate) and 0 <= relevance <= rate + 1e-9
