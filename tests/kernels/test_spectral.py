@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ib_kernels import Bases, PackedTokens, SideName, Window, packed_attention, partial_attention, quantize_pack, roundtrip, turn
-from ib_kernels.formats.spectral import SPECTRAL
+from ib_kernels.formats.spectral import SPECTRAL, reference
 from ib_kernels.formats.spectral.reference import (
     GAUSSIAN_ERROR,
     GAUSSIAN_STEP,
@@ -208,3 +208,15 @@ def test_constant_and_huge_keys_are_stored():
 def test_channels_must_have_quarters():
     with pytest.raises(ValueError, match="multiple of 4, not 6"):
         roundtrip("spectral", "keys", torch.randn(3, 6), torch.tensor([3]), 4)
+
+
+def test_the_default_dtype_does_not_show():
+    x, lengths = torch.randn(200, 32) * torch.linspace(0.1, 9, 32), torch.tensor([120, 80])
+    expected = roundtrip("spectral", "keys", x, lengths, 3)
+    reference._powers.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = roundtrip("spectral", "keys", x, lengths, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

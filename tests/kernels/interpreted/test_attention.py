@@ -216,7 +216,7 @@ def test_any_key_scale(make_packed, exact_attention, attend, bits):
 
 
 def test_the_default_dtype_does_not_show(make_packed, exact_attention, attend):
-    parts = [make_packed("kivi", [40, 3], 64), make_packed("rotated", [5, 33], 64)]
+    parts = [make_packed("kivi", [40, 3], 64), make_packed("rotated", [5, 33], 64), make_packed("spectral", [9, 20], 64)]
     query = random_query(2, 4, 64)
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -8,6 +8,8 @@ quarters are large differs from token to token.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from ib_kernels import ragged
 from ib_kernels.formats.format import FP16_MAX, MetadataRows, Side
@@ -30,8 +32,7 @@ GAUSSIAN_ERROR = {1: 0.363, 2: 0.119, 3: 0.0374, 4: 0.0115, 5: 0.00349, 6: 1.04e
 # are relative to the first's exponent. Tops and parts are in sixths. All four numbers of parts are one word of 16 bits.
 TOPS, PARTS, PART_BITS = (78, 3, 0, -3), (2, 2, 3, 3), (6, 4, 3, 3)
 NOT_A_NUMBER = 63  # in place of the parts of the first quarter
-LOWEST = -80  # sixths; a table of all powers, because exp2 differs from machine to machine
-POWERS = torch.tensor([2.0 ** (sixths / 6) for sixths in range(LOWEST, TOPS[0] + TOPS[1] + 1)])
+LOWEST = -80  # sixths, below all that there are
 TRIED = (-2, -1, 0, 1, 2)  # parts by which a step may differ from the one for a Gaussian
 TINY = 2.0**-100  # so that the logarithm of a deviation is finite
 BLOCK_TOKENS, BLOCK_TOKENS_GPU = 2048, 2**17  # that are quantized together: what a CPU's cache holds, and what a GPU is busy with
@@ -78,7 +79,8 @@ def _patterns(fitted: Side, bits: int) -> Tensor:
     """Which of PATTERNS[bits] has the least error on each run, if its quarters are Gaussian: int64 [P]."""
     variances = fitted["deviations"].double().square()  # [P, 4]
     # fp32 times the square of fp16 is exact in fp64, and the order of the sums is fixed: kernels choose the same pattern.
-    errors = torch.tensor([[GAUSSIAN_ERROR[depth] for depth in depths] for depths in PATTERNS[bits]], device=variances.device)
+    table = [[GAUSSIAN_ERROR[depth] for depth in depths] for depths in PATTERNS[bits]]
+    errors = torch.tensor(table, dtype=torch.float32, device=variances.device)
     lost = variances.new_zeros(variances.shape[0], len(errors))
     for quarter in range(4):
         lost += variances[:, quarter, None] * errors[:, quarter].double()
@@ -135,7 +137,14 @@ def _steps(parts: list[Tensor], depths: tuple[int, ...]) -> list[Tensor]:
 
 def _step(sixths: Tensor, depth: int) -> Tensor:
     """fp32 [N]: for a deviation of 2**(sixths / 6)."""
-    return GAUSSIAN_STEP[depth] * POWERS.to(sixths.device)[sixths - LOWEST]
+    return GAUSSIAN_STEP[depth] * _powers(sixths.device)[sixths - LOWEST]
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    """fp32: 2**(sixths / 6) from LOWEST on. A table, because exp2 differs from machine to machine."""
+    powers = [2.0 ** (sixths / 6) for sixths in range(LOWEST, TOPS[0] + TOPS[1] + 1)]
+    return torch.tensor(powers, dtype=torch.float32, device=device)
 
 
 def _top(parts: list[Tensor], q: int, like: Tensor) -> Tensor:
