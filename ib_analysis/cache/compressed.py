@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -12,11 +13,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.layer import CompressedLayer
 from ib_analysis.cache.masks import MaskCheck
+from ib_analysis.cache.numbers import check_range
 from ib_analysis.cache.plan import Plans
+from ib_analysis.cache.rereading import checked_padding, read, reread_scores
 from ib_analysis.cache.saved_cache import fill_layers, plans_of, read_cache, write_cache
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.errors import ProfileMismatchError
 from ib_analysis.model.devices import input_device
+from ib_analysis.scorers import RereadingScorer, scorer_name
 
 
 class CompressedCache(Cache):
@@ -47,7 +51,52 @@ class CompressedCache(Cache):
                 "the last step on this cache was interrupted or refused in the middle, so its layers hold different tokens: "
                 "call reset() and fill it again, or use a new cache"
             )
+        if layer_idx == 0 and self._rereads is not None and self.get_seq_length() == 0:
+            raise ValueError(
+                f"for scorer {scorer_name(self.spec.scorer)!r} the model reads the context twice: call "
+                "cache.fill(model, input_ids[:, :-1]), then generate with all of input_ids"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def _rereads(self) -> RereadingScorer | None:
+        """The scorer, if something is compressed and it needs the context to be read twice."""
+        compresses = any(isinstance(layer, CompressedLayer) for layer in self.layers)
+        return self.spec.scorer if compresses and isinstance(self.spec.scorer, RereadingScorer) else None
+
+    @torch.inference_mode(False)  # where the caller has it on, nothing could be differentiated
+    @torch.no_grad()
+    def fill(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Reads a context, and compresses it: `generate` with these tokens and more goes on from there.
+
+        input_ids int64 [B, T]; attention_mask [B, T], 0 at padding, which is on the left. With most scorers a forward pass does
+        the same. Those for which the model reads the context twice need this, and hold all keys and values at full precision
+        until they are ranked. If it fails, the cache is empty. Raises ValueError if it holds tokens already, and for other masks.
+        """
+        if self.get_seq_length() > 0:
+            raise ValueError(f"the cache holds {self.get_seq_length()} tokens already: call reset(), or use a new cache")
+        ids, valid = input_ids.clone(), checked_padding(input_ids, attention_mask)
+        try:
+            if self._rereads is None:
+                read(model, ids, valid, self)
+            else:
+                self._fill_twice(model, ids, valid, self._rereads)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _fill_twice(self, model: PreTrainedModel, ids: Tensor, valid: Tensor, scorer: RereadingScorer) -> None:
+        """Layers that are not compressed are filled by the first reading itself."""
+        layers = [DynamicLayer() if isinstance(layer, CompressedLayer) else layer for layer in self.layers]
+        read(model, ids, valid, Cache(layers=layers))
+        scores = reread_scores(model, scorer, ids, valid, layers)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                keys, values = layers[i].keys, layers[i].values
+                assert keys is not None and values is not None
+                check_range(i, keys, values)
+                layer.fill(keys, values, valid.to(keys.device), scores[i])
+                layers[i].keys = layers[i].values = None
 
     @property
     def is_broken(self) -> bool:

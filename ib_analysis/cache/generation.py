@@ -35,7 +35,10 @@ def generate_text(
     if ids.shape[1] < 2:
         raise IBAnalysisError("the prompt has fewer than two tokens: there is nothing to compress")
     filled = cache_argument(model, DynamicCache(config=model.config) if cache is None else cache)
-    model(ids[:, :-1], logits_to_keep=1, **filled)
+    if cache is None:
+        model(ids[:, :-1], logits_to_keep=1, **filled)
+    else:
+        cache.fill(model, ids[:, :-1])
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **filled)
     if cache is not None and cache.get_seq_length() < out.shape[1] - 1:
         raise UnsupportedModelError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
 from ib_kernels.backends import pick_backend
-from ib_kernels.formats.format import FP16_MAX
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
 from ib_analysis.cache.masks import MaskCheck, check_dtype, valid_tokens
 from ib_analysis.cache.newest_scores import newest_scores
+from ib_analysis.cache.numbers import check_range, readable
 from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, Recent, forms_of
 from ib_analysis.cache.quantized_window import QuantizedWindow
 from ib_analysis.cache.tiers import ranks, tier_rows
@@ -83,14 +84,14 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
         new_keys, new_values = self.new
         del self.new
-        _check_range(module, new_keys, new_values)
+        check_range(getattr(module, "layer_idx", "?"), new_keys, new_values)
         if self.keys is None:
             if mask is not None:
                 check_dtype(mask)
             valid = valid_tokens(mask, len(new_keys), new_keys.shape[2], self.device)
             out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
             self.changing = True
-            self._compress(module, query, new_keys, new_values, valid, scaling)
+            self._compress(new_keys, new_values, valid, lambda: self.scorer(module, query, new_keys, new_values, valid, scaling))
         else:
             if mask is not None:
                 self.masks.check(mask, self.cumulative_length + new_keys.shape[2], self.start, self.padding)
@@ -98,6 +99,16 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             out = self._append(module, query, new_keys, new_values, mask, scaling, extras)
         self.changing = False
         return out
+
+    def fill(self, keys: Tensor, values: Tensor, valid: Tensor, scores: Tensor) -> None:
+        """Compresses a first block of keys and values [B, H_kv, T, D], ranked by scores [B, H_kv, T].
+
+        `valid` bool [B, T] is false at padding, which is in front.
+        """
+        self.lazy_initialization(keys, values)
+        self.changing = True
+        self._compress(keys, values, valid, lambda: scores)
+        self.changing = False
 
     def _append(
         self,
@@ -168,8 +179,11 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def _sink_count(self) -> int:
         return min(self.recent.sinks, self.start)
 
-    def _compress(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> None:
-        """Sinks and windows as they are kept, the tokens between them packed; `valid` bool [B, T] are those of the block."""
+    def _compress(self, keys: Tensor, values: Tensor, valid: Tensor, scores: Callable[[], Tensor]) -> None:
+        """Sinks and windows as they are kept, the tokens between them, if there are any, packed by their scores [B, H_kv, T].
+
+        `valid` bool [B, T] are those of the block.
+        """
         batch, _, length, _ = keys.shape
         self.cumulative_length = length
         first = (~valid).sum(1)  # position of each sequence's first token
@@ -191,7 +205,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             self._quantize(keys[:, :, window], values[:, :, window], no_sinks[:, window])
         leaving = no_sinks & (position < ranked)
         if ranked > sinks and bool(leaving.any()):
-            self._pack(leaving, self.scorer(module, query, keys, values, valid, scaling), keys, values)
+            self._pack(leaving, scores(), keys, values)
 
     def _flush(self, module: nn.Module, query: Tensor, visible: Tensor | None, scaling: float) -> None:
         """Moves the oldest tokens out of the windows, as many as the length asks for, ranked by the newest queries."""
@@ -217,7 +231,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     def _quantize(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
         """Tokens [B, H_kv, n, D] that leave the window at 16 bits; `present` bool [B, n]."""
         if self.quantized is None:
-            self.quantized = QuantizedWindow.pack(_readable(keys), _readable(values), present, self.dtype, self.backend)
+            self.quantized = QuantizedWindow.pack(readable(keys), readable(values), present, self.dtype, self.backend)
         else:
             self.quantized.append(keys, values, present)
         self.schedule = None
@@ -277,7 +291,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             else:
                 pairs = self._pairs(heads, len(before))
                 fmt, key_bits, value_bits = form
-                sides = (_readable(keys), _readable(values))
+                sides = (readable(keys), readable(values))
                 made = quantize_pack(
                     fmt,
                     *sides,
@@ -379,19 +393,3 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             if self.quantized is not None:
                 self.quantized.to(device)
             self.schedule = None
-
-
-def _check_range(module: nn.Module, keys: Tensor, values: Tensor) -> None:
-    """Raises ValueError for numbers of 32 or 64 bits that float16, in which they are kept, turns into infinities."""
-    for name, x in (("key", keys), ("value", values)):
-        if x.dtype in (torch.float32, torch.float64) and float(largest := x.abs().amax()) > FP16_MAX:
-            raise ValueError(
-                f"layer {getattr(module, 'layer_idx', '?')} has a {name} of {float(largest):.4g}, more than float16 holds "
-                f"({FP16_MAX:.0f}): load the model with dtype=torch.bfloat16"
-            )
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x as quantizers take it: no double precision, the channels of a token side by side."""
-    x = x.float() if x.dtype == torch.float64 else x
-    return x if x.stride(-1) == 1 else x.contiguous()

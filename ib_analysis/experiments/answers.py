@@ -109,8 +109,8 @@ def _token_rows(texts: Sequence[str | Tensor], tokenizer: PreTrainedTokenizerBas
 def _losses(model: PreTrainedModel, allocation: Allocation, ids: Tensor, context: int) -> NDArray[np.float64]:
     """KL in bits after each token of the answers that ids [B, context + tokens + 1] end with: [B, tokens]."""
     caches = DynamicCache(config=model.config), CompressedCache(allocation.spec, allocation.plans)
-    for cache in caches:
-        model(ids[:, :context], **cache_argument(model, cache), logits_to_keep=1)
+    model(ids[:, :context], **cache_argument(model, caches[0]), logits_to_keep=1)
+    caches[1].fill(model, ids[:, :context])
     rows = []
     for token in tqdm(ids[:, context:-1].split(1, dim=1), desc="answers", leave=False):
         full, found = (model(token, **cache_argument(model, cache)).logits[:, -1].float().log_softmax(-1) for cache in caches)

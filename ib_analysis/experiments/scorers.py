@@ -22,7 +22,7 @@ from ib_analysis.replay.examples import Prompts, check_lengths, make_examples, m
 from ib_analysis.replay.measurement import bootstrap_interval, ratio_interval
 from ib_analysis.replay.replay import Replay
 from ib_analysis.replay.replays import Replays
-from ib_analysis.scorers import SCORERS, Scorer, get_scorer
+from ib_analysis.scorers import SCORERS, RereadingScorer, Scorer, get_scorer
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.fit_scorer import fit_scorer, read_tokens
 
@@ -71,9 +71,10 @@ def scorer_losses(
     def measure(number: int) -> list[Tensor]:
         watching = _All(chosen)
         replay = Replay(model, replace(spec, scorer=watching), examples[number])
+        again = {name: replay.reread_scores(scorer) for name, scorer in chosen.items() if isinstance(scorer, RereadingScorer)}
         found = []
         for name in chosen:
-            replay.rank_by({layer: scores[name] for layer, scores in watching.scores.items()})
+            replay.rank_by(again[name] if name in again else {layer: scores[name] for layer, scores in watching.scores.items()})
             found.append(replay.measure(plans)[0])
         return found
 

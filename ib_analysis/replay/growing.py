@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ib_analysis.cache.plan import LayerPlans, PlansToTry
 
@@ -43,14 +41,6 @@ def growth(tried: Sequence[PlansToTry], layers: int) -> Growth:
         parents.append([before for before, _ in number])
         row = [number[key] for key in keys]
     return Growth(rows, parents, row)
-
-
-def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module] | None:
-    """The model's layers, if there are so many and each takes hidden states first; else None."""
-    lists = (list(module) for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    found = next((layers for layers in lists if len(layers) == count), [])
-    takes_states = [next(iter(inspect.signature(layer.forward).parameters), "") == "hidden_states" for layer in found]
-    return found if found and all(takes_states) else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from ib_kernels import Bases, SideName, in_bases, partial_attention, roundtrip
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ib_analysis.cache.attention import (
     AnsweringLayer,
@@ -30,12 +30,14 @@ from ib_analysis.cache.attention import (
     grouped_attention,
 )
 from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, LayerPlans, PlansToTry
+from ib_analysis.cache.rereading import reread_scores
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.cache.tiers import ranks
 from ib_analysis.errors import CalibrationError, UnsupportedModelError
+from ib_analysis.model.decoder import decoder_layers
 from ib_analysis.replay.examples import Example
-from ib_analysis.replay.growing import decoder_layers, growing, growth
-from ib_analysis.scorers import Scorer
+from ib_analysis.replay.growing import growing, growth
+from ib_analysis.scorers import RereadingScorer, Scorer
 
 SIDES: tuple[SideName, SideName] = ("keys", "values")
 LOGIT_ELEMENTS = 2**24  # over all plans of a batch
@@ -171,7 +173,10 @@ class Replay:
                 )
             if not (torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()):
                 raise CalibrationError(f"keys or values of layer {i} are not finite on a {example.task} prompt")
-        self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}
+        if isinstance(spec.scorer, RereadingScorer):
+            self.rank_by(self.reread_scores(spec.scorer))
+        else:
+            self.ranks = {i: self._ranks(i) for i in spec.shape.compressible}
         # Only these positions of the follow-up go through the head of the model, which is large. A list, because accelerate would
         # move a tensor to the first device, and the head may lie on another.
         read, place = torch.cat([example.predicting, example.asked]).unique(return_inverse=True)
@@ -195,7 +200,19 @@ class Replay:
         """From now on by other scores [H_kv, N] of each compressible layer than those of the spec's scorer."""
         for layer, found in scores.items():
             self.context(layer).scores = found
-            self.ranks[layer] = self._ranks(layer)
+        self.ranks = {i: self._ranks(i) for i in self.spec.shape.compressible}
+
+    def reread_scores(self, scorer: RereadingScorer) -> dict[int, Tensor]:
+        """Scores [H_kv, N] of each compressible layer by a scorer for which the model reads the context twice."""
+        held = []
+        for layer in self.layers:
+            one = copy.copy(layer) if layer.is_sliding else DynamicLayer()
+            if isinstance(layer, ContextLayer):
+                one.keys, one.values = layer.keys[None], layer.values[None]
+            held.append(one)
+        ids = self.example.prefill[None]
+        found = reread_scores(self.model, scorer, ids, torch.ones_like(ids, dtype=torch.bool), held)
+        return {layer: scores[0] for layer, scores in found.items()}
 
     @property
     def nbytes(self) -> int:

@@ -13,8 +13,11 @@ from ib_analysis.scorers.expected_attention import ExpectedAttention
 from ib_analysis.scorers.h2o import h2o
 from ib_analysis.scorers.keydiff import keydiff
 from ib_analysis.scorers.knorm import knorm
+from ib_analysis.scorers.kvgrad import KVgrad
+from ib_analysis.scorers.kvzip import KVzip
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.scorers.random_order import RandomOrder
+from ib_analysis.scorers.repetition import RereadingScorer
 from ib_analysis.scorers.scorer import Scorer
 from ib_analysis.scorers.snapkv import SnapKV
 from ib_analysis.scorers.streaming_llm import streaming_llm
@@ -32,6 +35,8 @@ SCORERS: dict[str, Scorer] = {
     "h2o": h2o,
     "keydiff": keydiff,
     "knorm": knorm,
+    "kvgrad": KVgrad(),
+    "kvzip": KVzip(),
     "learned": Learned(),
     "random": RandomOrder(),
     "tova": tova,
@@ -94,4 +99,4 @@ def scorer_to_json(scorer: Scorer) -> str | dict[str, Any]:
     )
 
 
-__all__ = ["DEFAULT", "SCORERS", "Scorer", "get_scorer", "scorer_name", "scorer_to_json"]
+__all__ = ["DEFAULT", "SCORERS", "RereadingScorer", "Scorer", "get_scorer", "scorer_name", "scorer_to_json"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ib_analysis.errors import UnknownNameError
 from ib_analysis.scorers.compactor import Compactor
+from ib_analysis.scorers.repetition import RereadingScorer
 from ib_analysis.scorers.scorer import Scorer
 from ib_analysis.scorers.value_aware import ValueAware
 
@@ -25,6 +26,8 @@ class Blend:
     def __post_init__(self) -> None:
         if not 0 <= self.second_weight <= 1:
             raise UnknownNameError(f"the second scorer's weight is a share from 0 to 1, not {self.second_weight!r}")
+        if any(isinstance(scorer, RereadingScorer) for scorer in (self.first, self.second)):
+            raise UnknownNameError("a blend reads the context once: it takes no scorer for which the model reads it again")
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> Tensor:

@@ -28,22 +28,23 @@ class CriticalKV:
     def __call__(self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor, scaling: float) -> Tensor:
         """See `Scorer`. Raises UnsupportedModelError for a layer without `o_proj`."""
         weights = self.weights(module, query, keys, values, valid, scaling)
-        return (weights + FLOOR) * projected_norms(module, values)
+        return (weights + FLOOR) * projected_norms(module, values, 1).mean(2)
 
 
-def projected_norms(module: nn.Module, values: Tensor) -> Tensor:
-    """L1 norms of values [B, H_kv, T, D] after the output projection of each query head, averaged: fp32 [B, H_kv, T]."""
+def projected_norms(module: nn.Module, values: Tensor, order: int) -> Tensor:
+    """Norms of values [B, H_kv, T, D] after the output projection of each query head: fp32 [B, H_kv, G, T].
+
+    `order` 1 sums magnitudes, 2 is Euclid's. Raises UnsupportedModelError for a layer without `o_proj`.
+    """
     projection = getattr(module, "o_proj", None)
     if projection is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no o_proj, which criticalkv multiplies values by: use another scorer"
-        )
+        raise UnsupportedModelError(f"{type(module).__name__} has no o_proj to multiply values by: use another scorer")
     batch, heads, tokens, head_dim = values.shape
     columns = projection.weight.float().T.reshape(heads, -1, head_dim, projection.weight.shape[0])  # [H_kv, G, D, hidden]
-    norms = torch.empty(batch, heads, tokens, dtype=torch.float32, device=values.device)
+    norms = torch.empty(batch, heads, columns.shape[1], tokens, dtype=torch.float32, device=values.device)
     size = max(1, CHUNK_BYTES // (4 * batch * heads * columns.shape[3]))
     for begin in range(0, tokens, size):
         some = values[:, :, begin : begin + size].float()
-        of_heads = [(some @ columns[:, g]).abs().sum(-1) for g in range(columns.shape[1])]  # G of [B, H_kv, m]
-        norms[:, :, begin : begin + size] = torch.stack(of_heads).mean(0)
+        of_heads = [(some @ columns[:, g]).norm(order, dim=-1) for g in range(columns.shape[1])]  # G of [B, H_kv, m]
+        norms[..., begin : begin + size] = torch.stack(of_heads, 2)
     return norms

@@ -24,10 +24,11 @@ from transformers import (
 
 from ib_analysis.cache.plan import EVICTED, HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.model.decoder import decoder_layers
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.replay import replay as ib_replay
 from ib_analysis.replay.examples import make_examples
-from ib_analysis.replay.growing import decoder_layers, growing, growth
+from ib_analysis.replay.growing import growing, growth
 from ib_analysis.replay.replay import Replay
 from ib_analysis.scorers import SCORERS
 

@@ -23,6 +23,8 @@ from kvpress import (
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVgradPress,
+    KVzipPress,
     LeverageScorePress,
     NonCausalAttnPress,
     ObservedAttentionPress,
@@ -35,6 +37,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 TOKENS, VOCABULARY, HEAD_DIM = 96, 100, 16
+CHUNK = 64  # tokens that are read again at a time
 RATIO = 0.5  # of the tokens evicted, where a score depends on it
 PRESSES = {
     "knorm": KnormPress(),
@@ -104,6 +107,53 @@ class Recorder(BasePress):
         return keys, values
 
 
+class NoWords:
+    """In place of a tokenizer: the model is asked nothing, and repeats the context behind itself."""
+
+    chat_template = None
+
+    def encode(self, *_, **__):
+        return torch.zeros(1, 0, dtype=torch.int64)
+
+
+def repetitions(model, ids, press, name):
+    """What the attention layers saw when chunks of the context were read again, and the scores of their tokens."""
+    found = {}
+
+    def attention(self, module, hidden_states, keys, kwargs):
+        """Chunks are told apart by where they begin."""
+        key, (cos, sin) = f"layer{module.layer_idx}.{name}{self.start_idx}", kwargs["position_embeddings"]
+        query = module.q_proj(hidden_states).view(1, -1, 4, HEAD_DIM).transpose(1, 2)
+        chunk = slice(self.start_idx, self.end_idx)
+        found[f"{key}.query"] = apply_rotary_pos_emb(query, query, cos, sin)[0][0]
+        sinks = min(self.n_sink, self.start_idx)
+        read = [keys[0, :, :sinks], keys[0, :, chunk], keys[0, :, -hidden_states.shape[1] :]]
+        found[f"{key}.keys"] = torch.cat(read, 1)
+        found[f"{key}.values"] = self._cache.layers[module.layer_idx].values[0, :, chunk]
+        return plain(self, module, hidden_states, keys, kwargs)
+
+    def gradients(self, model, cache, layer, captures):
+        found[f"layer{layer}.{name}{self.start_idx}.gradient"] = captures["attention_outputs"][layer].grad[0]
+        updated(self, model, cache, layer, captures)
+
+    def scores(self, model):
+        for key in [key for key in found if key.endswith("values")]:
+            begin = int(key.split(".")[1].removeprefix(name))
+            of_layer = self.score_val[int(key.split(".")[0].removeprefix("layer"))][0]
+            found[key.replace("values", "score")] = of_layer[:, begin : begin + found[key].shape[1]]
+
+    plain, updated = KVzipPress._compute_cross_attention, KVgradPress._update_scores
+    with (
+        mock.patch.object(KVzipPress, "_compute_cross_attention", attention),
+        mock.patch.object(KVgradPress, "_update_scores", gradients),
+        mock.patch.object(KVzipPress, "compress_post", scores),
+        mock.patch("kvpress.presses.kvzip_press.AutoTokenizer.from_pretrained", return_value=NoWords()),
+        press(model),
+    ):
+        model(input_ids=ids, past_key_values=DynamicCache())
+    return found
+
+
 @torch.no_grad()
 def main(folder: Path):
     model = tiny_model().eval()
@@ -112,6 +162,10 @@ def main(folder: Path):
     recorder = Recorder()
     with recorder(model):
         model(input_ids=ids, past_key_values=DynamicCache())
+    model.set_attn_implementation("sdpa")
+    for name, kind in {"kvzip": KVzipPress, "kvgrad": KVgradPress}.items():
+        press = kind(chunk_size=CHUNK, compression_ratio=RATIO)
+        recorder.tensors |= repetitions(model, ids, press, name)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in recorder.tensors.items()}
     save_file(
         tensors, folder / "kvpress.safetensors", {"presses": json.dumps({name: repr(press) for name, press in PRESSES.items()})}

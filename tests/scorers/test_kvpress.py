@@ -10,6 +10,9 @@ from transformers import LlamaConfig
 from ib_analysis.scorers import SCORERS, SnapKV
 from ib_analysis.scorers.compactor import Compactor, leverage, noncausal_attention
 from ib_analysis.scorers.criticalkv import CriticalKV
+from ib_analysis.scorers.kvgrad import KVgrad
+from ib_analysis.scorers.kvzip import KVzip
+from ib_analysis.scorers.repetition import Repetition
 
 STORED = load_file(Path(__file__).with_name("kvpress.safetensors"))
 TOKENS, DIM = 96, 16
@@ -88,3 +91,15 @@ def test_the_parts_of_compactor_keep_the_same_tokens(layer):
     assert_same_kept(leverage(unrotated), levered)
     weights = noncausal_attention(query, keys, 32) * values.norm(dim=-1)
     assert_same_kept(torch.nn.functional.avg_pool1d(weights, 3, stride=1, padding=1), attended)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("begin", [0, 64])
+@pytest.mark.parametrize(("scorer", "press"), [(KVzip(), "kvzip"), (KVgrad(), "kvgrad")], ids=["kvzip", "kvgrad"])
+def test_what_is_read_twice_is_ranked_as_by_kvpress(scorer, press, begin, layer):
+    """Chunks of 64 tokens, of a context of 96."""
+    query, keys, values, expected = stored(layer, *(f"{press}{begin}.{name}" for name in ("query", "keys", "values", "score")))
+    gradient = STORED.get(f"layer{layer}.{press}{begin}.gradient")
+    found = scorer.reread(Repetition(module_of(layer), query, keys, values, SCALING, gradient))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert_same_kept(found, expected)
