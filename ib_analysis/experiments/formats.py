@@ -21,7 +21,7 @@ from ib_analysis.replay.measurement import bootstrap_interval
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
 from ib_analysis.search.calibration import usable_formats
-from ib_analysis.search.fit_bases import fit_bases, summed
+from ib_analysis.search.fit_bases import at_lengths, fit_bases, summed
 from ib_analysis.search.fit_scorer import read_tokens
 
 RECENT = Recent(sinks=1, window=1, flush=1)  # nearly all tokens are stored
@@ -58,7 +58,7 @@ def format_losses(
         moments: list[Tensor] = []
         for _, more in read_tokens(replays, seed):
             moments = summed(moments, more)
-        spec = replace(spec, bases=fit_bases(spec, moments))
+        spec = replace(spec, bases=fit_bases(spec, at_lengths(model, moments, median_length(seen))))
     sides = [TierSide(side, fmt, bits, (1.0,)) for side, fmt, bits in product(SIDES, spec.formats, BITS)]
     replays = Replays(model, spec, examples)
     kl_bits, _ = replays.measure([_plans(spec, side) for side in sides], "held-out prompts")  # [prompts, sides]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
@@ -27,6 +29,13 @@ def without_positions(module: nn.Module, keys: Tensor) -> Tensor:
 
 def frequencies(module: nn.Module, x: Tensor) -> Tensor:
     """Radians a position by which each pair of channels of x [..., D] turns: fp32 [D / 2]."""
+    rotate = getattr(sys.modules[type(module).__module__], "rotate_half", rotate_half)
+    pairs = torch.arange(4.0)
+    if not torch.equal(rotate(pairs), rotate_half(pairs)):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} turns neighbouring channels by position, not those half the channels apart: use another "
+            "scorer than expected_attention"
+        )
     config = getattr(module, "config", None)
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_type" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:

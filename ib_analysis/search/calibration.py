@@ -18,11 +18,12 @@ from torch import Tensor
 from ib_analysis.errors import CalibrationError, CorruptFileError, ProfileMismatchError
 from ib_analysis.model.devices import input_device
 from ib_analysis.model.fingerprint import model_fingerprint, weights_digest
+from ib_analysis.replay.examples import median_length
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers.learned import Learned
 from ib_analysis.search.candidates import head_options
 from ib_analysis.search.clock import Clock
-from ib_analysis.search.fit_bases import fit_bases, summed
+from ib_analysis.search.fit_bases import at_lengths, fit_bases, summed
 from ib_analysis.search.fit_scorer import TokenRows, fit_scorer, prompts_to_read, read_tokens, unfitted
 from ib_analysis.search.gradient import gradient_losses
 from ib_analysis.search.profile import Profile
@@ -68,7 +69,8 @@ def calibrate(
 
         clock.attempt("learning", learn, LEARNED_UNTIL, begin_late=True)
         scorer = fit_scorer(profile.spec, rows) if profile.spec.scorer == Learned() else profile.spec.scorer
-        bases = fit_bases(profile.spec, moments) if turns_keys else None
+        tokens = median_length(replays.examples)
+        bases = fit_bases(profile.spec, at_lengths(replays.model, moments, tokens)) if turns_keys else None
         profile.spec = replace(profile.spec, scorer=scorer, bases=bases)
         if len(rows) < prompts_to_read(replays):  # said in the file, so that a search with more time learns again
             profile.settings = profile.settings | {LEARNED_PROMPTS: len(rows)}

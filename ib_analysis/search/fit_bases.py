@@ -14,12 +14,16 @@ from collections.abc import Sequence
 import torch
 from ib_kernels.formats.rotated.reference import hadamard, hadamard_order
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ib_analysis.cache.key_bases import KeyBases
 from ib_analysis.cache.spec import CacheSpec
+from ib_analysis.errors import UnsupportedModelError
+from ib_analysis.scorers.positions import frequencies, turned
 
 RIDGE = 0.2  # of the mean variance of a channel, added to the queries' moment: prompts to come have other queries
 TINY = 1e-30
+FURTHEST = 64
 
 
 def fit_bases(spec: CacheSpec, moments: Sequence[Tensor]) -> KeyBases:
@@ -30,6 +34,39 @@ def fit_bases(spec: CacheSpec, moments: Sequence[Tensor]) -> KeyBases:
         for layer in spec.shape.layers
     ]  # [2, H, D, D] of each
     return KeyBases(tuple(None if both is None else _basis(both[0], both[1]) for both in layers))
+
+
+def at_lengths(model: PreTrainedModel, moments: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Moments [2, D, D] of contexts of `tokens`, as they are on average over contexts of 1, 2, 4, ... times as many.
+
+    The longest is what the model was made for, but at most `FURTHEST` times `tokens`. Positions turn queries and keys: a context
+    of n times `tokens` has its keys turned by 0, 1, ..., n - 1 times `tokens` positions, and its queries, at its end, by
+    n - 1 times. Where it is not known how positions turn a model's channels, the moments are as they were.
+    """
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", tokens)
+    lengths = [n for k in range(FURTHEST.bit_length()) if (n := 2**k) <= max(1, longest // tokens)]
+    of_queries, of_keys = torch.zeros(2, lengths[-1], dtype=torch.float64)
+    for n in lengths:
+        of_queries[n - 1] += 1 / len(lengths)
+        of_keys[:n] += 1 / (n * len(lengths))
+    try:
+        turns = {dim: _turns(model, dim, tokens, lengths[-1]) for dim in {both.shape[-1] for both in moments}}
+    except UnsupportedModelError:
+        return list(moments)
+    weights = of_queries, of_keys
+    return [torch.stack([_mean_turned(x, turns[x.shape[-1]], w) for x, w in zip(both, weights)]) for both in moments]
+
+
+def _turns(model: PreTrainedModel, head_dim: int, tokens: int, count: int) -> Tensor:
+    """float64 [count, D, D]: what x becomes is x @ turn, 0, 1, ... times `tokens` positions on."""
+    eye = torch.eye(head_dim, dtype=torch.float64)
+    radians = frequencies(model.get_decoder(), eye).cpu().double()
+    return turned(eye[:, None], tokens * torch.arange(count), radians).transpose(0, 1)
+
+
+def _mean_turned(moment: Tensor, turns: Tensor, weights: Tensor) -> Tensor:
+    some = weights > 0
+    return (weights[some, None, None] * (turns[some].mT @ moment @ turns[some])).sum(0)
 
 
 def summed(total: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:

@@ -1,10 +1,13 @@
 """Bases against what they are for: unit errors cost the same in every channel, and channels are sorted by variance."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 from ib_kernels import Bases
+from transformers import AutoModelForCausalLM, CohereConfig, GlmConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ib_analysis.cache.plan import HeadPlan, Recent, Tier
 from ib_analysis.cache.spec import CacheSpec
@@ -13,7 +16,7 @@ from ib_analysis.replay.examples import make_examples
 from ib_analysis.replay.replay import Replay
 from ib_analysis.replay.replays import Replays
 from ib_analysis.scorers import SCORERS
-from ib_analysis.search.fit_bases import RIDGE, fit_bases, summed
+from ib_analysis.search.fit_bases import RIDGE, at_lengths, fit_bases, summed
 from ib_analysis.search.token_losses import token_losses
 from ib_analysis.tasks import TASKS
 
@@ -97,3 +100,51 @@ def test_keys_lose_less_in_their_bases_on_other_prompts(embedded):
         for fmt, spec in (("rotated", spec), ("spectral", based))
     ]
     assert means[1] < 0.75 * means[0]
+
+
+def test_moments_at_lengths_are_those_of_keys_and_queries_there(shared_llama):
+    """The same 100 vectors in each hundred of positions, turned as the model turns them."""
+    tokens, longest, dim = 100, 512, 8  # as many positions as the model has
+    vectors = torch.randn(2, tokens, dim).double()  # queries and keys
+    lengths = (100, 200, 400)
+
+    def moment_at(x, first):
+        positions = torch.arange(first, first + tokens)[None]
+        turned, _ = apply_rotary_pos_emb(x[None, None], x[None, None], *shared_llama.model.rotary_emb(x[None], positions))
+        return turned[0, 0].mT @ turned[0, 0] / tokens
+
+    queries = torch.stack([moment_at(vectors[0], length - tokens) for length in lengths]).mean(0)
+    keys = torch.stack([torch.stack([moment_at(vectors[1], b) for b in range(0, n, tokens)]).mean(0) for n in lengths]).mean(0)
+    assert shared_llama.config.max_position_embeddings == longest
+    plain = torch.stack([moment_at(x, 0) for x in vectors])
+    found = at_lengths(shared_llama, [plain], tokens)
+    torch.testing.assert_close(found[0], torch.stack([queries, keys]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(at_lengths(shared_llama, [plain], 300)[0], plain, rtol=1e-6, atol=1e-6)  # 600 are too many
+
+
+@pytest.mark.parametrize("config", [CohereConfig, GlmConfig], ids=["neighbours", "some channels"])
+def test_moments_stay_where_it_is_not_known_how_positions_turn_channels(config):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(config(vocab_size=64, num_key_value_heads=2, pad_token_id=0, **sizes))
+    plain = torch.randn(2, 8, 8).double()
+    assert torch.equal(at_lengths(model, [plain], 100)[0], plain)
+
+
+@pytest.mark.slow
+def test_bases_hold_for_longer_contexts(embedded):
+    model, tokenizer = embedded
+    spec = CacheSpec(cache_shape(model.config), Recent(1, 2, 1), SCORERS["streaming_llm"])
+    seen, fresh = (
+        make_examples(model, tokenizer, [TASKS["text"](Random(f"{kind} {i}"), length) for i in range(count)])
+        for kind, length, count in (("seen", 192, 8), ("fresh", 768, 4))
+    )
+    generator = torch.Generator().manual_seed(0)
+    total: list[torch.Tensor] = []
+    for example in seen:
+        total = summed(total, token_losses(Replay(model, spec, example), generator).moments)
+    plans = [spec.uniform(HeadPlan("spectral", (Tier(1.0, 2, 8),)))]
+    losses = [
+        Replays(model, replace(spec, bases=fit_bases(spec, moments)), fresh).measure(plans)[0].mean()
+        for moments in (total, at_lengths(model, total, 192))
+    ]
+    assert losses[1] < 0.75 * losses[0]
