@@ -39,16 +39,18 @@ def fit_bases(spec: CacheSpec, moments: Sequence[Tensor]) -> KeyBases:
 def at_lengths(model: PreTrainedModel, moments: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """Moments [2, D, D] of contexts of `tokens`, as they are on average over contexts of 1, 2, 4, ... times as many.
 
-    The longest is what the model was made for, but at most `FURTHEST` times `tokens`. Positions turn queries and keys: a context
-    of n times `tokens` has its keys turned by 0, 1, ..., n - 1 times `tokens` positions, and its queries, at its end, by
-    n - 1 times. Where it is not known how positions turn a model's channels, the moments are as they were.
+    Each counts half as much as the one before it; the longest is what the model was made for, but at most `FURTHEST` times
+    `tokens`. Positions turn queries and keys: a context of n times `tokens` has its keys turned by 0, 1, ..., n - 1 times
+    `tokens` positions, and its queries, at its end, by n - 1 times. Where it is not known how positions turn a model's
+    channels, the moments are as they were.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", tokens)
     lengths = [n for k in range(FURTHEST.bit_length()) if (n := 2**k) <= max(1, longest // tokens)]
     of_queries, of_keys = torch.zeros(2, lengths[-1], dtype=torch.float64)
     for n in lengths:
-        of_queries[n - 1] += 1 / len(lengths)
-        of_keys[:n] += 1 / (n * len(lengths))
+        share = 1 / n / sum(1 / m for m in lengths)
+        of_queries[n - 1] += share
+        of_keys[:n] += share / n
     try:
         turns = {dim: _turns(model, dim, tokens, lengths[-1]) for dim in {both.shape[-1] for both in moments}}
     except UnsupportedModelError:

@@ -106,19 +106,20 @@ def test_moments_at_lengths_are_those_of_keys_and_queries_there(shared_llama):
     """The same 100 vectors in each hundred of positions, turned as the model turns them."""
     tokens, longest, dim = 100, 512, 8  # as many positions as the model has
     vectors = torch.randn(2, tokens, dim).double()  # queries and keys
-    lengths = (100, 200, 400)
+    lengths, weights = (100, 200, 400), torch.tensor([4, 2, 1]).double() / 7
 
     def moment_at(x, first):
         positions = torch.arange(first, first + tokens)[None]
         turned, _ = apply_rotary_pos_emb(x[None, None], x[None, None], *shared_llama.model.rotary_emb(x[None], positions))
         return turned[0, 0].mT @ turned[0, 0] / tokens
 
-    queries = torch.stack([moment_at(vectors[0], length - tokens) for length in lengths]).mean(0)
-    keys = torch.stack([torch.stack([moment_at(vectors[1], b) for b in range(0, n, tokens)]).mean(0) for n in lengths]).mean(0)
+    queries = torch.stack([moment_at(vectors[0], n - tokens) for n in lengths])
+    keys = torch.stack([torch.stack([moment_at(vectors[1], b) for b in range(0, n, tokens)]).mean(0) for n in lengths])
     assert shared_llama.config.max_position_embeddings == longest
     plain = torch.stack([moment_at(x, 0) for x in vectors])
     found = at_lengths(shared_llama, [plain], tokens)
-    torch.testing.assert_close(found[0], torch.stack([queries, keys]), rtol=1e-4, atol=1e-4)
+    expected = torch.einsum("n,snij->sij", weights, torch.stack([queries, keys]))
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(at_lengths(shared_llama, [plain], 300)[0], plain, rtol=1e-6, atol=1e-6)  # 600 are too many
 
 
