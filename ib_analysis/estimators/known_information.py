@@ -24,11 +24,15 @@ Transform = Callable[[Floats], Floats]
 
 @dataclass(frozen=True)
 class KnownTask:
-    """A sampler and the information in bits of what it draws: sample(N, rng) gives x [N, dx] and y [N, dy]."""
+    """A sampler and the information in bits of what it draws: sample(N, rng) gives x [N, dx] and y [N, dy].
+
+    log_ratio(x, y), where it is known, is log p(x, y) / p(x) p(y) in nats [N], whose mean is the information.
+    """
 
     name: str
     information_bits: float
     sample: Callable[[int, np.random.Generator], tuple[Floats, Floats]]
+    log_ratio: Callable[[Floats, Floats], Floats] | None = None
 
 
 def multinormal(name: str, covariance: Floats, dim_x: int) -> KnownTask:
