@@ -20,8 +20,19 @@ from torch.nn.functional import relu
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import bootstrap_interval
-from ib_analysis.estimators.estimate import NOT_CONVERGED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
+from ib_analysis.estimators.copula import normal_scores
+from ib_analysis.estimators.estimate import (
+    CONTRADICTED,
+    NOT_CONVERGED,
+    SATURATED,
+    SATURATED_SHARE,
+    Estimate,
+    drifts,
+    limited,
+)
+from ib_analysis.estimators.ksg import KSG, TREE_DIMENSIONS, information_nats
 from ib_analysis.estimators.samples import Samples, standardized
+from ib_analysis.estimators.second_opinion import contradicted
 
 HIDDEN = 32
 EMBEDDING = 8
@@ -33,6 +44,7 @@ STEPS_PER_CHECK = 50
 PATIENCE = 8  # checks without a better bound
 MIN_SAMPLES = 64
 MIN_DOCUMENTS = 8
+RATE = 0.5  # a bound from N training samples is assumed to lack N^-0.5
 PARTS = (1, 2, 4)  # critics of a head are trained on all training samples, on half of them, on a quarter
 
 Contributions = Callable[[Tensor], Tensor]  # of scores [..., B, B], pairs on the diagonal: nats [..., B] whose mean is the bound
@@ -56,9 +68,31 @@ def lower_bound(samples: Samples, contributions: Contributions) -> Estimate:
     used = last[: bits.shape[-1]].cpu().numpy()
     documents = np.unique(samples.documents[used], return_inverse=True)[1]
     low, high = bootstrap_interval(whole, bits[0], documents)
-    drift = drifts(whole, halves, quarters, (high - low) / 2) | ~stopped.reshape(len(PARTS), *whole.shape)[0]
+    least_step, most_step = bootstrap_interval(whole - halves, bits[0] - bits[1], documents)
+    drift = drifts(whole, halves, quarters, (most_step - least_step) / 2, rate=RATE)
     ceiling = log2(min(BATCH, len(last)))
-    return limited(samples, whole, low, high, {SATURATED: whole > SATURATED_SHARE * ceiling, NOT_CONVERGED: drift})
+    flags = {
+        SATURATED: whole > SATURATED_SHARE * ceiling,
+        NOT_CONVERGED: drift | ~stopped.reshape(len(PARTS), *whole.shape)[0],
+        CONTRADICTED: contradicted(samples, whole, _of_neighbours_bits(samples).to(whole.device)),
+    }
+    return limited(samples, whole, low, high, flags)
+
+
+def _of_neighbours_bits(samples: Samples) -> Tensor:
+    """What KSG sees of ranks [...] in dimensions so few that it is right, or too low; 0 in more, and where it declines."""
+    shape = samples.x.shape[:-2]
+    if samples.dim_x + samples.dim_y > TREE_DIMENSIONS:
+        return samples.x.new_zeros(shape)
+    heads = zip(*(normal_scores(values).reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y)))
+    return samples.x.new_tensor([_or_zero(*head) for head in heads]).reshape(shape) / log(2)
+
+
+def _or_zero(x: Tensor, y: Tensor) -> float:
+    try:
+        return information_nats(x, y, KSG().neighbours)
+    except EstimatorError:  # of equal samples
+        return 0.0
 
 
 def _repeated(pair: Pair) -> Pair:

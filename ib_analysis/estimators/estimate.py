@@ -18,11 +18,13 @@ GAUSSIAN_MISFIT = "Gaussian misfit"  # the Gaussian model explains the samples b
 TOO_FEW = "too few samples"  # fewer than 10 a dimension, or than 10 documents
 NOT_CONVERGED = "not converged"  # still moving with the number of samples or of training steps, or never moved
 ONE_SIDED = "one side unseen"  # distances in x, or in y, are so much larger that those of the other side do not count
+CONTRADICTED = "contradicted"  # a view of few dimensions, the ranks or a bound hold clearly more
 ABOVE_ENTROPY = "above H(T)"  # the raw value exceeded the entropy of x or y, and was lowered to it
 
 SATURATED_SHARE = 0.7  # McAllester & Stratos 2020 (arXiv 1811.04251): no lower bound from N samples exceeds O(log N)
 SAMPLES_PER_DIMENSION = 10
 MIN_DOCUMENTS = 10
+MAX_LEFT_BITS = 0.1  # that more samples would still change
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +87,14 @@ def too_few(count: int, documents: int, dim: int) -> bool:
     return count < SAMPLES_PER_DIMENSION * dim or documents < MIN_DOCUMENTS
 
 
-def drifts(whole: Tensor, halves: Tensor, quarters: Tensor, allowed: Tensor) -> Tensor:
+def drifts(whole: Tensor, halves: Tensor, quarters: Tensor, allowed: Tensor, rate: float | None = None) -> Tensor:
     """Whether the estimates [...] from N, N/2 and N/4 samples move one way, by more than is allowed from N/2 to N.
 
-    Means over all halves and over all quarters use the same samples, so they differ by bias rather than by luck.
+    Means over all halves and over all quarters use the same samples, so they differ by bias rather than by luck. Where a method's
+    bias falls with N^-rate, as much is left as 1 / (2^rate - 1) of the last step, and below 0.1 bits that is no drift.
     """
     step, step_before = whole - halves, halves - quarters
-    return ~((step.abs() <= allowed) | (step * step_before < 0))  # NaN, from a part that has no estimate, is drift
+    steady = (step.abs() <= allowed) | (step * step_before < 0)
+    if rate is not None:
+        steady |= step.abs() / (2**rate - 1) <= MAX_LEFT_BITS
+    return ~steady  # NaN, from a part that has no estimate, is drift

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.special import digamma
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ib_analysis.estimators.chunks import in_chunks
 from ib_analysis.estimators.entropy import lesser_entropy_limit_bits
 from ib_analysis.estimators.estimate import GAUSSIAN_MISFIT, NOT_CONVERGED, Estimate, drifts, limited_to
 from ib_analysis.estimators.samples import Array, Samples, check_samples
+from ib_analysis.estimators.unexplained import is_unexplained
 
 MIN_PIVOT = 1e-12  # 1 - R^2 of a column given those before it; below, it is a copy up to rounding
 RIDGE = 1e-11  # of a variance: above MIN_PIVOT, far below the rounding of 16-bit floats
@@ -44,7 +46,7 @@ def estimate_gaussian(samples: Samples, transform: Callable[[Tensor], Tensor]) -
     """The estimate of checked samples, x and y [H, N, d] of a few heads at a time being transformed before."""
 
     def measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return _measured(transform(x), transform(y))
+        return _measured(transform(x), transform(y), samples.documents)
 
     dim_x, dim_y, count = samples.dim_x, samples.dim_y, samples.count
     _check_count(count, dim_x + dim_y)
@@ -60,7 +62,7 @@ def estimate_gaussian(samples: Samples, transform: Callable[[Tensor], Tensor]) -
     return limited_to(limit, samples, bits, low, high, flags)
 
 
-def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def _measured(x: Tensor, y: Tensor, documents: NDArray[np.int64]) -> tuple[Tensor, ...]:
     """Of samples x [H, N, dx] and y [H, N, dy]: pivots and failures as `_check_pivots` takes them, the influence of each
     sample on the bits [H, N], whether they are unlike a Gaussian's [H], the limit that entropies set to the bits [H], and, if
     there are enough, mean bits over halves and over quarters of them [H]."""
@@ -72,9 +74,12 @@ def _measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     factor, joint, joint_failed = _factored(covariance)
     factor_y, last, last_failed = _factored(covariance[..., dim_x:, dim_x:])
     distances = _squared_distances(z, factor, factor_y)
-    misfits = [misfit(squared, dim) for squared, dim in zip(distances, (dim_x, dim_y, dim_x + dim_y))]
+    misfits = torch.stack([misfit(squared, dim) for squared, dim in zip(distances, (dim_x, dim_y, dim_x + dim_y))]).any(0)
+    open_heads = ~misfits & (joint_failed == 0)
+    if open_heads.any():
+        misfits[open_heads] = is_unexplained(x[open_heads], y[open_heads], documents)
     influence, limit = _influence_bits(*distances), lesser_entropy_limit_bits(x, y)
-    measured = (joint, last, joint_failed, last_failed, influence, torch.stack(misfits).any(0), limit)
+    measured = (joint, last, joint_failed, last_failed, influence, misfits, limit)
     if count < 8 * (dim_x + dim_y):
         return measured
     halves, sums_of_halves = (of_quarters.unflatten(1, (2, 2)).sum(1) for of_quarters in (quarters, sums))

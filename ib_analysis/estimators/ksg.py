@@ -16,8 +16,19 @@ from torch import Tensor
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators.bootstrap import LEVEL
-from ib_analysis.estimators.estimate import NOT_CONVERGED, ONE_SIDED, SATURATED, SATURATED_SHARE, Estimate, drifts, limited
+from ib_analysis.estimators.copula import normal_scores
+from ib_analysis.estimators.estimate import (
+    CONTRADICTED,
+    NOT_CONVERGED,
+    ONE_SIDED,
+    SATURATED,
+    SATURATED_SHARE,
+    Estimate,
+    drifts,
+    limited,
+)
 from ib_analysis.estimators.samples import Array, check_samples, standardized
+from ib_analysis.estimators.second_opinion import contradicted
 
 Floats: TypeAlias = "NDArray[np.float64]"
 Counts: TypeAlias = "NDArray[np.int64]"
@@ -56,27 +67,29 @@ class KSG:
             raise EstimatorError(f"{samples.count} samples are too few: each of {PARTS} parts needs more than {self.neighbours}")
         heads = zip(*(standardized(values).reshape(-1, *values.shape[-2:]) for values in (samples.x, samples.y)))
         values = np.array([self._estimate_head(head_x, head_y, parts) for head_x, head_y in heads])
-        *nats, largest = torch.as_tensor(values.T).reshape(5, *shape)
-        bits, halves, quarters, error = (value / log(2) for value in nats)
+        *nats, largest = torch.as_tensor(values.T).reshape(6, *shape)
+        bits, halves, quarters, error, of_ranks = (value / log(2) for value in nats)
         width = error * float(stdtrit(PARTS - 1, (1 + LEVEL) / 2))
         ceiling = float(digamma(samples.count) - digamma(self.neighbours)) / log(2)
         flags = {
             SATURATED: bits > SATURATED_SHARE * ceiling,
-            NOT_CONVERGED: drifts(bits, halves, quarters, error),
+            NOT_CONVERGED: drifts(bits, halves, quarters, error, rate=1 / (samples.dim_x + samples.dim_y)),
             ONE_SIDED: largest > UNSEEN_SHARE,
+            CONTRADICTED: contradicted(samples, bits.to(samples.x.device), of_ranks.to(samples.x.device)),
         }
         return limited(samples, bits, bits - width, bits + width, flags)
 
-    def _estimate_head(self, x: Tensor, y: Tensor, parts: list[NDArray[np.int64]]) -> tuple[float, float, float, float, float]:
-        """Nats of all samples, means over halves and over quarters, the standard error, and on the side where it is larger the
-        median share of samples within the radius."""
+    def _estimate_head(self, x: Tensor, y: Tensor, parts: list[NDArray[np.int64]]) -> tuple[float, ...]:
+        """Nats of all samples, means over halves and over quarters, the standard error, nats of the ranks, and on the side where
+        it is larger the median share of other values that lie within the radius."""
         eighths, quarters, halves = (
             [information_nats(x[rows], y[rows], self.neighbours) for rows in _joined(parts, size)] for size in (1, 2, 4)
         )
         error = float(np.std(eighths, ddof=1)) / PARTS**0.5
         near = _counts(x, y, self.neighbours)
-        largest = max(float(np.median(side)) for side in near) / len(x)
-        return _nats(*near, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error, largest
+        largest = max(_share_of_others(*side) for side in zip(near, (x, y)))
+        of_ranks = information_nats(*(normal_scores(values) for values in (x, y)), self.neighbours)
+        return _nats(*near, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error, of_ranks, largest
 
 
 def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
@@ -86,6 +99,16 @@ def information_nats(x: Tensor, y: Tensor, neighbours: int) -> float:
 
 def _nats(near_x: Counts, near_y: Counts, neighbours: int) -> float:
     return float(digamma(neighbours) + digamma(len(near_x)) - np.mean(digamma(near_x) + digamma(near_y)))
+
+
+def _share_of_others(near: Counts, values: Tensor) -> float:
+    """The median share of the samples values [N, d] unlike one's own that are among its near ones [N], itself included."""
+    within = float(np.median(near))
+    if within <= UNSEEN_SHARE * len(values):
+        return within / len(values)
+    _, which, counts = np.unique(values.cpu().numpy(), axis=0, return_inverse=True, return_counts=True)
+    equal = float(np.median(counts[which.ravel()]))
+    return (within - equal) / max(1.0, len(values) - equal)
 
 
 def _counts(x: Tensor, y: Tensor, neighbours: int) -> tuple[Counts, Counts]:
