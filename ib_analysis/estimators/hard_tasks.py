@@ -131,6 +131,13 @@ _SEEN = (
     labels("three labels in the plane", 1.3021, _on_circle(3, 2.0), np.eye(2), (0, 1, 2)),
     labels("label against 20", 0.7604, _first(20, np.array([[-1.5], [1.5]])), np.eye(20), (0, 1)),
     labels("label of alternating lumps", 0.8086, np.array([[-3.0], [-1.0], [1.0], [3.0]]), 0.3 * np.eye(1), (0, 1, 0, 1)),
+    labels(
+        "label of normal kurtosis",
+        1.1383,
+        np.array([[-3.0], [-0.5], [0.0], [0.0], [0.5], [3.0]]),
+        0.5 * np.eye(1),
+        (-1, 0, 0, 0, 0, 1),
+    ),
     erased("erased normal", normal(0.9), 0.4),
     counts("counts of an exponential rate", lambda x: np.exp(1 + 1.5 * x)),
     _copies(20, 0.5),
@@ -139,6 +146,9 @@ _SEEN = (
     transformed("normal 0.6 in other margins", normal(0.6), np.exp, _sinh),
     multinormal("normal 3x2", _pairs((0.7, 0.5, 0.2))[:5, :5], 3),
     sparse(12),
+    sparse(4, correlation=0.9, pairs=4),
+    student(8, 3),
+    embedded("spread among 6x6", channel("", lambda x: 0 * x, lambda x: np.exp(2 * x)), 5, 5),
     _independent("independent heavy tails 3x3", lambda x: x**3, _sinh, 3),
     _independent("independent 8x8", lambda x: x, lambda x: x, 8),
 )

@@ -86,7 +86,7 @@ def cells(name: str, full: Sequence[str]) -> KnownTask:
     marked = np.array([[mark == "#" for mark in row] for row in full])
     places, size = np.argwhere(marked), len(full)
     with np.errstate(divide="ignore"):
-        ratios = np.log(len(places) / marked.sum(1)[:, None] / marked.sum(0))
+        ratios = np.log(marked * len(places) / marked.sum(1)[:, None] / marked.sum(0))
     nats = float(ratios[marked].mean())
 
     def sample(count: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
@@ -106,7 +106,10 @@ def ring(name: str, width: float, turns: int = 1) -> KnownTask:
         x = rng.random((count, 1))
         return x, (turns * x + width * rng.random((count, 1))) % 1
 
-    return KnownTask(name, -log(width) / log(2), sample, lambda x, y: np.full(len(x), -log(width)))
+    def log_ratio(x: Floats, y: Floats) -> Floats:
+        return np.where((y - turns * x)[:, 0] % 1 <= width, -log(width), -np.inf)
+
+    return KnownTask(name, -log(width) / log(2), sample, log_ratio)
 
 
 def channel(name: str, mean: Callable[[Floats], Floats], deviation: Callable[[Floats], Floats], copies: int = 1) -> KnownTask:

@@ -88,7 +88,7 @@ class KSG:
         error = float(np.std(eighths, ddof=1)) / PARTS**0.5
         near = _counts(x, y, self.neighbours)
         largest = max(_share_of_others(*side) for side in zip(near, (x, y)))
-        of_ranks = information_nats(*(normal_scores(values) for values in (x, y)), self.neighbours)
+        of_ranks = information_nats(normal_scores(x), normal_scores(y), self.neighbours)
         return _nats(*near, self.neighbours), float(np.mean(halves)), float(np.mean(quarters)), error, of_ranks, largest
 
 

@@ -38,7 +38,7 @@ def contradicted(samples: Samples, bits: Tensor, others_bits: Tensor | None = No
 
 def _least_bits(x: Tensor, y: Tensor, documents: NDArray[np.int64]) -> Tensor:
     """Bits [H] that normal scores x [H, N, dx] and y [H, N, dy] hold for sure."""
-    return torch.maximum(seen_nats(x, y, documents) / log(2), _gaussian_bound_bits(x, y, len(np.unique(documents))))
+    return (seen_nats(x, y, documents) / log(2)).maximum(_gaussian_bound_bits(x, y, len(np.unique(documents))))
 
 
 def _gaussian_bound_bits(x: Tensor, y: Tensor, independent: int) -> Tensor:
@@ -48,10 +48,10 @@ def _gaussian_bound_bits(x: Tensor, y: Tensor, independent: int) -> Tensor:
     bits = information_or_nan_bits(z.mT @ z / z.shape[1], x.shape[-1], z.shape[1]).nan_to_num(0)
     bits = bits.clamp(min=0)
     error = (2 * log(2) * bits / independent).sqrt() / log(2)  # the squared correlations add up to twice the nats at most
-    return (bits - DEVIATIONS * error).clamp(min=0).where(_is_normal(x) | _is_normal(y), 0)
+    return (bits - DEVIATIONS * error).clamp(min=0).where(_is_normal(x, independent) | _is_normal(y, independent), 0)
 
 
-def _is_normal(values: Tensor) -> Tensor:
+def _is_normal(values: Tensor, independent: int) -> Tensor:
     """Whether values [H, N, d] look normal: bool [H]."""
     white = whitened(values)
-    return ~misfit(white.square().sum(-1), values.shape[-1]) & (negentropy_nats(white) < MAX_NEGENTROPY_NATS)
+    return ~misfit(white.square().sum(-1), values.shape[-1]) & (negentropy_nats(white, independent) < MAX_NEGENTROPY_NATS)

@@ -1,7 +1,7 @@
 """What a Gaussian model of x and y does not explain, in nats.
 
-Let e be the rest of y that x does not tell linearly, and J the negentropy: by how much less random a variable is than a normal one
-of its covariance. The information is then exactly that of the model plus I(e; X) + J(e) - J(Y). Parts of the three are seen:
+Let e be the rest of y that x does not tell linearly, and J the negentropy: by how much less random a variable is than a normal
+one of its covariance. The information is then exactly that of the model plus I(e; X) + J(e) - J(Y). Parts of the three are seen:
 I(e; X) in a few views, J in whitened columns.
 """
 
@@ -41,8 +41,9 @@ def _unexplained_nats(given: Tensor, other: Tensor, tied: Tensor, documents: NDA
     gain = white_given.mT @ white_other / given.shape[1]
     rest = whitened(white_other - white_given @ gain)
     seen = seen_nats(white_given, rest, documents)
-    shape = negentropy_nats(rest) - negentropy_nats(white_other)
-    sure = DEVIATIONS * 2**0.5 * negentropy_deviation_nats(*other.shape[-2:])
+    independent = len(np.unique(documents))
+    shape = negentropy_nats(rest, independent) - negentropy_nats(white_other, independent)
+    sure = DEVIATIONS * 2**0.5 * negentropy_deviation_nats(independent, other.shape[-1])
     net = seen + shape
     return torch.where(tied, seen, torch.maximum(net - sure, -net - sure))
 

@@ -7,6 +7,8 @@ two scalars share is that of the cells of a grid of equal shares, which is a vie
 
 from __future__ import annotations
 
+from math import log
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from ib_analysis.estimators.order import as_given, runs
 
 CELLS = 32  # of the finest grid, in each direction
 SAMPLES_PER_CELL = 8
-MIN_SAMPLES = 128  # below, even a grid of 4 x 4 shows little
+COARSER = (1, 2, 4, 8)  # grids: so many cells are merged
+MIN_DOCUMENTS = 256  # of which half see; fewer show little even on a grid of 4 x 4
 DEVIATIONS = 2.0  # that are subtracted from what is seen
 SINES = 48  # half of them of a single column
 FREQUENCIES = (0.5, 8.0)  # of normal scores, in radians
@@ -27,67 +30,62 @@ ITERATIONS = 6  # toward the largest correlations, several times as fast as all 
 def seen_nats(x: Tensor, y: Tensor, documents: NDArray[np.int64]) -> Tensor:
     """Nats [H], at least 0, that x [H, N, dx] and y [H, N, dy] share for sure; their columns on one scale, as normal scores."""
     least = x.new_zeros(x.shape[0])
-    if x.shape[1] < MIN_SAMPLES:
+    independent = len(np.unique(documents))
+    if independent < MIN_DOCUMENTS:
         return least
-    whole = len(np.unique(documents)) == len(documents)
-    views = [(torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(y, dim=-1))]
+    least = least.maximum(grid_nats(torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(y, dim=-1), independent))
     if x.shape[-1] == y.shape[-1] == 1:
-        views.append((x[..., 0], y[..., 0]))
-    elif x.shape[1] >= 2 * MIN_SAMPLES:
-        first, second = (torch.as_tensor(rows, device=x.device) for rows in _halves(documents))
-        of_x, of_y = _correlated(_features(x, 0), _features(y, 1), first)
-        views += [(of_x[:, second, k], of_y[:, second, k]) for k in range(of_x.shape[-1])]
-    for u, v in views:
-        least = torch.maximum(least, grid_nats(u, v, independent=whole))
+        return least.maximum(grid_nats(x[..., 0], y[..., 0], independent))
+    first, second = (torch.as_tensor(rows, device=x.device) for rows in _halves(documents))
+    of_x, of_y = (values[:, second] for values in _correlated(_features(x, 0), _features(y, 1), first))
+    for u, v in zip(of_x.unbind(-1), of_y.unbind(-1)):
+        least = least.maximum(grid_nats(u, v, independent // 2))
     return least
 
 
-def grid_nats(u: Tensor, v: Tensor, independent: bool = True) -> Tensor:
+def grid_nats(u: Tensor, v: Tensor, independent: int) -> Tensor:
     """Nats [H] that scalars u and v [H, N] share for sure: the most that a grid shows, less bias and two standard errors.
 
-    Where samples are not independent, the bias is at least what u and v half of the samples apart, of other documents, show.
+    Bias and error are those of `independent` samples: the number of documents, as tokens of one may all be alike.
     """
-    count = u.shape[-1]
-    places = [_place(values, CELLS) for values in (u, v)]
-    pairs = [(places[0], places[1])] if independent else [(places[0], places[1]), (places[0], places[1].roll(count // 2, -1))]
-    tables = [_table(*pair) for pair in pairs]
-    found = []
-    for down in (1, 2, 4, 8):
-        for across in (1, 2, 4, 8):
-            if (CELLS // down) * (CELLS // across) * SAMPLES_PER_CELL <= count:
-                nats, bias, error = _of_table(_coarser(tables[0], down, across))
-                if not independent:
-                    bias = bias.maximum(_of_table(_coarser(tables[1], down, across))[0])
+    table = _table(_place(u), _place(v))
+    found = [torch.zeros(len(u), dtype=torch.float64, device=u.device)]
+    for down in COARSER:
+        for across in COARSER:
+            if (CELLS // down) * (CELLS // across) * SAMPLES_PER_CELL <= independent:
+                nats, bias, error = _of_table(
+                    table.unflatten(2, (-1, across)).sum(-1).unflatten(1, (-1, down)).sum(2), independent
+                )
                 found.append(nats - bias - DEVIATIONS * error)
     return torch.stack(found).amax(0)
 
 
-def negentropy_nats(values: Tensor) -> Tensor:
-    """By how much columns of values [H, N, d], of mean 0 and variance 1, are unlike a normal one: [H], the sum over columns of the
-    divergence of cells that would be equally probable; at least 0 but for luck."""
+def negentropy_nats(values: Tensor, independent: int) -> Tensor:
+    """By how much columns of values [H, N, d], of mean 0 and variance 1, are unlike a normal one: [H], the sum over columns of
+    the divergence of cells that would be equally probable; at least 0 but for luck."""
     count, dim = values.shape[-2:]
-    cells = _cells_of_one(count)
+    cells = _cells_of_one(independent)
     place = (torch.special.ndtr(values) * cells).long().clamp(max=cells - 1)
     column = torch.arange(dim, device=values.device) * cells
     table = values.new_zeros(values.shape[0], dim * cells)
     table.scatter_add_(1, (place + column).flatten(1), torch.ones_like(values).flatten(1))
     share = table.unflatten(1, (dim, cells)) / count
-    return (torch.xlogy(share, share * cells).sum(-1) - (cells - 1) / (2 * count)).sum(-1)
+    return (torch.xlogy(share, share * cells).sum(-1) - (cells - 1) / (2 * independent)).sum(-1)
 
 
-def negentropy_deviation_nats(count: int, dim: int) -> float:
+def negentropy_deviation_nats(independent: int, dim: int) -> float:
     """The standard deviation of `negentropy_nats` of so many normal samples and columns."""
-    return (dim * (_cells_of_one(count) - 1) / 2) ** 0.5 / count
+    return (dim * (_cells_of_one(independent) - 1) / 2) ** 0.5 / independent
 
 
-def _cells_of_one(count: int) -> int:
-    return min(CELLS, max(2, count // SAMPLES_PER_CELL))
+def _cells_of_one(independent: int) -> int:
+    return min(CELLS, max(2, independent // SAMPLES_PER_CELL))
 
 
-def _place(values: Tensor, cells: int) -> Tensor:
-    """The cell [H, N] of each value [H, N], cells holding equal shares; equal values share one."""
+def _place(values: Tensor) -> Tensor:
+    """The cell [H, N] of each value [H, N], of CELLS that hold equal shares; equal values share one."""
     order, less, _ = runs(values[..., None])
-    return as_given(order, less * cells // values.shape[-1])[..., 0]
+    return as_given(order, less * CELLS // values.shape[-1])[..., 0]
 
 
 def _table(u: Tensor, v: Tensor) -> Tensor:
@@ -97,21 +95,15 @@ def _table(u: Tensor, v: Tensor) -> Tensor:
     return table.unflatten(1, (CELLS, CELLS))
 
 
-def _coarser(table: Tensor, down: int, across: int) -> Tensor:
-    return table.unflatten(2, (-1, across)).sum(-1).unflatten(1, (-1, down)).sum(2)
-
-
-def _of_table(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_table(table: Tensor, independent: int) -> tuple[Tensor, Tensor, Tensor]:
     """Nats of a contingency table [H, R, C], their bias (Miller 1955) and their standard error: [H] each."""
-    count = table.sum((1, 2), keepdim=True)
-    share = table / count
+    share = table / table.sum((1, 2), keepdim=True)
     rows, columns = share.sum(2, keepdim=True), share.sum(1, keepdim=True)
     ratio = (share / (rows * columns)).log().where(share > 0, 0)
     nats = (share * ratio).sum((1, 2))
-    freedom = ((rows > 0).sum((1, 2)) - 1) * ((columns > 0).sum((1, 2)) - 1)
-    size = count[:, 0, 0]
-    variance = ((share * ratio.square()).sum((1, 2)) - nats.square()).clamp(min=0) / size + freedom / 2 / size.square()
-    return nats, freedom / 2 / size, variance.sqrt()
+    bias = ((rows > 0).sum((1, 2)) - 1) * ((columns > 0).sum((1, 2)) - 1) / 2 / independent
+    variance = ((share * ratio.square()).sum((1, 2)) - nats.square()).clamp(min=0) / independent + bias / independent
+    return nats, bias, variance.sqrt()
 
 
 def _halves(documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -127,7 +119,7 @@ def _features(x: Tensor, seed: int) -> Tensor:
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((dim, SINES))
     weight[:, ::2] = np.eye(dim)[:, rng.integers(dim, size=SINES // 2)]
-    weight *= np.exp(rng.uniform(*np.log(FREQUENCIES), SINES)) / np.linalg.norm(weight, axis=0)
+    weight *= np.exp(rng.uniform(log(FREQUENCIES[0]), log(FREQUENCIES[1]), SINES)) / np.linalg.norm(weight, axis=0)
     phase = rng.uniform(0, 2 * np.pi, SINES)
     sines = (x @ torch.as_tensor(weight, device=x.device) + torch.as_tensor(phase, device=x.device)).sin()
     return torch.cat([x, x.square(), torch.linalg.vector_norm(x, dim=-1, keepdim=True), sines], dim=-1)
