@@ -19,6 +19,7 @@ TOO_FEW = "too few samples"  # fewer than 10 a dimension, or than 10 documents
 NOT_CONVERGED = "not converged"  # still moving with the number of samples or of training steps, or never moved
 ONE_SIDED = "one side unseen"  # distances in x, or in y, are so much larger that those of the other side do not count
 CONTRADICTED = "contradicted"  # a view of few dimensions, the ranks or a bound hold clearly more
+UNSETTLED = "y not settled by x"  # y varies where x does not, as far as can be seen
 ABOVE_ENTROPY = "above H(T)"  # the raw value exceeded the entropy of x or y, and was lowered to it
 
 SATURATED_SHARE = 0.7  # McAllester & Stratos 2020 (arXiv 1811.04251): no lower bound from N samples exceeds O(log N)

@@ -17,8 +17,9 @@ from ib_analysis.estimators.entropy import (
     entropy_limit_bits,
     occurrences,
 )
-from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW, limited
+from ib_analysis.estimators.estimate import ABOVE_ENTROPY, TOO_FEW, UNSETTLED, limited
 from ib_analysis.estimators.gaussian import total_correlation_or_nan_bits
+from ib_analysis.estimators.hard_tasks import SEEN
 from ib_analysis.estimators.quantizers import lloyd_max, optimal_uniform
 from ib_analysis.estimators.samples import check_samples
 
@@ -177,3 +178,19 @@ def test_counts_give_what_codes_give(drawn):
     bits, codes = drawn
     counts = torch.stack([torch.bincount(torch.tensor(column).long(), minlength=2**bits) for column in codes.T])
     assert entropies_of_counts_bits(counts).numpy() == pytest.approx(entropies_bits(codes).numpy(), abs=1e-12)
+
+
+def test_codes_that_x_settles_raise_no_flag_and_noisy_labels_do():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2000, 3))
+    label = (x.sum(1, keepdims=True) > 0).astype(np.int64)
+    noisy = np.where(rng.random((2000, 1)) < 0.1, 1 - label, label)
+    assert not CodeEntropy().estimate(x, np.floor(2 * x).astype(np.int64)).flags
+    assert not CodeEntropy().estimate(x.sum(1, keepdims=True), label).flags
+    assert UNSETTLED not in CodeEntropy().estimate(np.stack([x[:, :1], 2 * x[:, :1]]), np.stack([x[:, :1] > 0] * 2)).flags
+    assert UNSETTLED in CodeEntropy().estimate(x, noisy).flags
+
+
+@pytest.mark.parametrize("name", ["three labels in the plane", "label against 20", "counts of an exponential rate"])
+def test_entropy_of_labels_that_vary_more_than_x_is_flagged(name):
+    assert UNSETTLED in CodeEntropy().estimate(*SEEN[name].sample(4000, np.random.default_rng(0))).flags
