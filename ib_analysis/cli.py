@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from ib_analysis.errors import CalibrationError, EstimatorError, IBAnalysisError
@@ -88,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     plane.set_defaults(run=_plane)
 
     estimators = commands.add_parser("estimators", help="every estimator on every task whose information is known")
-    estimators.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; by default all")
+    estimators.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks; by default all that others defined")
+    estimators.add_argument("--hard", action="store_true", help="those on which estimates look certain and may be wrong")
     estimators.add_argument("--samples", type=int, default=10_000, help="drawn from each task (10000)")
     estimators.add_argument("--seed", type=int, default=0)
     estimators.add_argument("--csv", type=Path, help="write the whole table there")
@@ -329,7 +331,8 @@ def _objectives(arguments: argparse.Namespace) -> None:
 
 
 def _estimators(arguments: argparse.Namespace) -> None:
-    from ib_analysis.estimators.comparison import compare, comparison_text
+    from ib_analysis.estimators.comparison import compare, comparison_text, trust
+    from ib_analysis.estimators.hard_tasks import HELD_BACK, SEEN
     from ib_analysis.estimators.known_information import KNOWN_TASKS
     from ib_analysis.files import check_writable, write_whole
 
@@ -339,16 +342,18 @@ def _estimators(arguments: argparse.Namespace) -> None:
         )
     if arguments.seed < 0:
         raise EstimatorError(f"a seed is a whole number from 0 up, not {arguments.seed}: pass another --seed")
-    unknown = sorted({*arguments.tasks} - {*KNOWN_TASKS})
+    every = {**KNOWN_TASKS, **SEEN, **HELD_BACK}
+    unknown = sorted({*arguments.tasks} - {*every})
     if unknown:
-        raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, KNOWN_TASKS))}")
-    tasks = [KNOWN_TASKS[name] for name in arguments.tasks or KNOWN_TASKS]
+        raise EstimatorError(f"there is no task {unknown[0]!r}: use any of {', '.join(map(repr, every))}")
+    tasks = [every[name] for name in arguments.tasks or ({**SEEN, **HELD_BACK} if arguments.hard else KNOWN_TASKS)]
     if arguments.csv is not None:
         check_writable(arguments.csv)
     table = compare(arguments.samples, tasks=tasks, seed=arguments.seed)
     if arguments.csv is not None:
         write_whole(arguments.csv, lambda path: table.to_csv(path, index=False))
     print(comparison_text(table))
+    print(f"\n{indent(trust(table).to_string(index=False), '  ')}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import log
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,8 @@ from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import ESTIMATORS
 from ib_analysis.estimators.estimate import Estimator
 from ib_analysis.estimators.known_information import KNOWN_TASKS, KnownTask
+
+MAX_ERROR_BITS = 0.1 / log(2)  # a tenth of a nat
 
 
 def compare(
@@ -40,6 +43,28 @@ def comparison_text(table: pd.DataFrame) -> str:
         lines.append(f"  {'estimator':<17}{'estimate':>9}{'error':>9}   {'95% interval':<18}{'covers':<8}{'seconds':>7}  flags")
         lines += [_line(row) for _, row in rows.iterrows()]
     return "\n".join(lines[1:])
+
+
+def trust(table: pd.DataFrame) -> pd.DataFrame:
+    """How far flags can be trusted, from the table of `compare`: one row an estimator, and one of all.
+
+    `right` are estimates within 0.1 nats of the truth, `right_flagged` those of them that raise a flag, and `wrong_unflagged`
+    estimates that are further off and raise none: no user could know.
+    """
+    made = table[table["refused"] == ""]
+    right, raised = made["error_bits"].abs() <= MAX_ERROR_BITS, made["flags"] != ""
+    counts = pd.DataFrame(
+        {
+            "estimator": made["estimator"],
+            "estimates": 1,
+            "right": right.astype(int),
+            "right_flagged": (right & raised).astype(int),
+            "wrong_unflagged": (~right & ~raised).astype(int),
+        }
+    )
+    of_each = counts.groupby("estimator", sort=False).sum().reset_index()
+    total = of_each.drop(columns="estimator").sum().to_dict()
+    return pd.concat([of_each, pd.DataFrame([{"estimator": "all", **total}])], ignore_index=True)
 
 
 def _line(row: pd.Series[Any]) -> str:

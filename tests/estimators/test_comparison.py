@@ -3,11 +3,12 @@
 from dataclasses import replace
 from itertools import product
 
+import pandas as pd
 import pytest
 
 from ib_analysis.errors import EstimatorError
 from ib_analysis.estimators import ESTIMATORS, CodeEntropy, Gaussian
-from ib_analysis.estimators.comparison import compare, comparison_text
+from ib_analysis.estimators.comparison import MAX_ERROR_BITS, compare, comparison_text, trust
 from ib_analysis.estimators.known_information import KNOWN_TASKS, normal, quantized_gaussian
 
 
@@ -56,3 +57,15 @@ def test_text_says_all_that_the_table_says():
     assert gaussian.split()[:3] == ["gaussian", f"{first.bits:.3f}", f"{first.error_bits:+.3f}"]
     assert f"[{first.low_bits:.3f}, {first.high_bits:.3f}]" in gaussian
     assert "refused: y takes as many values" in refused
+
+
+def test_trust_counts_what_is_right_and_what_is_flagged():
+    off = 1.1 * MAX_ERROR_BITS
+    rows = [("a", 0.0, ""), ("a", off, ""), ("a", -off, ""), ("a", 0.01, "saturated"), ("b", -off, "saturated")]
+    table = pd.DataFrame([{"estimator": name, "error_bits": error, "flags": flags, "refused": ""} for name, error, flags in rows])
+    table.loc[len(table)] = {"estimator": "b", "refused": "no codes"}
+    assert trust(table).to_dict("records") == [
+        {"estimator": "a", "estimates": 4, "right": 2, "right_flagged": 1, "wrong_unflagged": 2},
+        {"estimator": "b", "estimates": 1, "right": 0, "right_flagged": 0, "wrong_unflagged": 0},
+        {"estimator": "all", "estimates": 5, "right": 2, "right_flagged": 1, "wrong_unflagged": 2},
+    ]
