@@ -13,7 +13,8 @@ from ib_analysis.estimators.second_opinion import contradicted
 
 
 def by(task, bits, others=None):
-    samples = check_samples(*task.sample(3000, np.random.default_rng(0)), None)
+    x, y = task.sample(3000, np.random.default_rng(0))
+    samples = check_samples(x, y, None)
     given = None if others is None else torch.tensor(others, dtype=torch.float64)
     return bool(contradicted(samples, torch.tensor(bits, dtype=torch.float64), given))
 

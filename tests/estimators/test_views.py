@@ -16,7 +16,8 @@ def scores(task, count, seed=0):
 
 
 def seen_bits(task, count):
-    return float(seen_nats(*scores(task, count), np.arange(count))[0]) / np.log(2)
+    x, y = scores(task, count)
+    return float(seen_nats(x, y, np.arange(count))[0]) / np.log(2)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -54,9 +55,9 @@ def test_documents_of_equal_tokens_share_nothing(dims):
     generator = torch.Generator().manual_seed(0)
     documents = np.repeat(np.arange(300), 20)
     x, y = (torch.randn(20, 300, dim, generator=generator, dtype=torch.float64)[:, documents] for dim in dims)
-    near = [values + 0.01 * torch.randn(values.shape, generator=generator, dtype=torch.float64) for values in (x, y)]
-    assert (seen_nats(*near, documents) < 0.05).sum() >= 18
-    assert (seen_nats(*near, np.arange(6000)) > 0.05).sum() >= 10
+    x, y = (values + 0.01 * torch.randn(values.shape, generator=generator, dtype=torch.float64) for values in (x, y))
+    assert (seen_nats(x, y, documents) < 0.05).sum() >= 18
+    assert (seen_nats(x, y, np.arange(6000)) > 0.05).sum() >= 10
 
 
 def test_heads_are_seen_alone():
