@@ -42,6 +42,7 @@ WEIGHT_DECAY = 0.3
 MAX_STEPS = 2000
 STEPS_PER_CHECK = 50
 PATIENCE = 8  # checks without a better bound
+MAX_LATE_NATS = 0.005  # that the bound may have gained in the last so many checks
 MIN_SAMPLES = 64
 MIN_DOCUMENTS = 8
 RATE = 0.5  # a bound from N training samples is assumed to lack N^-0.5
@@ -154,12 +155,13 @@ def _embedded(parameters: list[Tensor], values: Tensor) -> Tensor:
 
 
 def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: Pair) -> Tensor:
-    """Leaves the parameters that were best on the stopping samples; returns which improved and had then stopped [H]."""
+    """Leaves the parameters that were best on the stopping samples; returns which improved and had then all but stopped [H]."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(critics.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best = critics.contributions(contributions, stop).mean(-1)  # [H]
     kept = [parameter.detach().clone() for parameter in critics.parameters]
     waited, improved = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.bool)
+    course = [best]
     for step in range(1, MAX_STEPS + 1):
         bound = contributions(critics.scores(_batch(train, generator))).mean(-1)  # [H]
         optimizer.zero_grad()
@@ -170,13 +172,14 @@ def _train(critics: _Critics, contributions: Contributions, train: Pair, stop: P
             better = now > best
             improved |= better
             best, waited = torch.where(better, now, best), torch.where(better, 0, waited + 1)
+            course.append(best)
             for parameter, old in zip(critics.parameters, kept):
                 old[better] = parameter.detach()[better]
             if (waited >= PATIENCE).all():
                 break
     for parameter, old in zip(critics.parameters, kept):
         parameter.data.copy_(old)
-    return (waited >= PATIENCE) & improved
+    return (best - course[-1 - PATIENCE] <= MAX_LATE_NATS) & improved
 
 
 def _split(documents: NDArray[np.int64]) -> list[NDArray[np.int64]]:
