@@ -4,7 +4,8 @@ The critic is f(x) . g(y) + a(x) + b(y), from two networks with two hidden layer
 train it, a quarter says when to stop, and the last quarter is measured: it has had no say, so its mean is a lower bound up to
 luck. Critics of all heads are trained at once, and with them critics that see only half and a quarter of the training samples:
 if these do worse, more samples would do better, and the estimate has not converged. Nor has one whose critic never beat its
-start, at which all scores are 0: x and y may be independent, or training may have failed.
+start, at which all scores are 0: x and y may be independent, or training may have failed. A critic that is too weak for what it
+is to see never moves either: so its bound is compared with a second opinion, and in few dimensions with KSG.
 """
 
 from __future__ import annotations

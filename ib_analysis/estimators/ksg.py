@@ -47,7 +47,9 @@ class KSG:
     psi(k) + psi(N) - E[psi(n_x + 1) + psi(n_y + 1)], where n counts samples nearer than the k-th neighbour. It cannot exceed
     psi(N) - psi(k), and is biased towards 0 in more than a few dimensions: a cross-check there. Time grows as N^2 in more
     than 6 dimensions. Columns are standardised first; where one side has many dimensions and the other few, or one far outlier,
-    its distances decide alone, and a flag says so. The interval comes from disjoint parts of the documents, drawn without
+    its distances decide alone, and a flag says so. So does one where the same estimate of ranks, or a second opinion, holds more,
+    and one where the bias that is left, falling as N^(-1 / dimensions), exceeds 0.1 bits. A discrete side counts as its
+    neighbours do (Ross 2014); pairs that repeat are refused. The interval comes from disjoint parts of the documents, drawn without
     replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
     """
 
