@@ -59,6 +59,7 @@ def _measured(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _unsettled(x: Tensor, codes: Tensor) -> Tensor:
     """Whether some column of codes [..., N, d] is not seen to be a function of x [..., N, dx]: bool [...]."""
+    x = x.to(codes.device)
     settled = torch.zeros(codes.shape[:-2] + codes.shape[-1:], dtype=torch.bool, device=codes.device)
     if x.shape == codes.shape:
         along = codes.mT.gather(-1, x.mT.argsort(dim=-1))  # [..., d, N]
@@ -69,7 +70,7 @@ def _unsettled(x: Tensor, codes: Tensor) -> Tensor:
     scale = x.square().mean(-2, keepdim=True).sqrt().clamp(min=1e-300)
     queries = torch.arange(0, x.shape[-2], -(-x.shape[-2] // QUERIES), device=x.device)
     distance = torch.cdist((x / scale)[..., queries, :], x / scale)  # [..., Q, N]
-    distance[..., torch.arange(len(queries)), queries] = torch.inf
+    distance[..., torch.arange(len(queries), device=x.device), queries] = torch.inf
     neighbour = distance.argmin(-1)[..., None].expand(*codes.shape[:-2], -1, codes.shape[-1])
     alike = (codes.gather(-2, neighbour) == codes[..., queries, :]).double().mean(-2)
     return ~(settled | (alike >= SETTLED_SHARE)).all(-1)

@@ -32,7 +32,8 @@ class Gaussian:
     """1/2 log2 |Sigma_x| |Sigma_y| / |Sigma_xy| of the sample covariance, less its exact bias under a Gaussian.
 
     Too low for variables that depend beyond their correlation: "Gaussian misfit" is raised where the kurtosis of Mardia
-    (1970) is not that of a Gaussian, or where more than 0.07 nats are seen that the model leaves unexplained. Invariant under invertible linear maps of x and of y.
+    (1970) is not that of a Gaussian, or where more than 0.07 nats are seen that the model leaves unexplained. Invariant
+    under invertible linear maps of x and of y.
     """
 
     name: ClassVar[str] = "gaussian"

@@ -49,8 +49,8 @@ class KSG:
     than 6 dimensions. Columns are standardised first; where one side has many dimensions and the other few, or one far outlier,
     its distances decide alone, and a flag says so. So does one where the same estimate of ranks, or a second opinion, holds more,
     and one where the bias that is left, falling as N^(-1 / dimensions), exceeds 0.1 bits. A discrete side counts as its
-    neighbours do (Ross 2014); pairs that repeat are refused. The interval comes from disjoint parts of the documents, drawn without
-    replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
+    neighbours do (Ross 2014); pairs that repeat are refused. The interval comes from disjoint parts of the documents, drawn
+    without replacement, as the variance falls with 1 / N (Holmes & Nemenman 2019, arXiv 1903.09280).
     """
 
     neighbours: int = 10
