@@ -28,12 +28,13 @@ from ib_analysis.errors import UnsupportedModelError
 NAME = "ib_analysis"
 
 
-def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """The cache as a keyword argument: `model.generate(**inputs, **cache_argument(model, cache))`, as `model(...)` takes it too.
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """The cache as keyword arguments: `model.generate(**inputs, **cache_argument(model, cache))`, as `model(...)` takes them.
 
-    It is called `cache` in newer versions of transformers, `past_key_values` in older ones.
+    It is called `cache` in newer versions of transformers, `past_key_values` in older ones. With it goes use_cache=True: some
+    configs say otherwise, and what reads the whole text at every step would then be given a cache as well.
     """
-    return {_cache_name(type(model).forward): cache}
+    return {_cache_name(type(model).forward): cache, "use_cache": True}
 
 
 @lru_cache

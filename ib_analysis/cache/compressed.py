@@ -12,13 +12,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.layer import CompressedLayer
+from ib_analysis.cache.leading_layers import LeadingLayers
+from ib_analysis.cache.lost_cache import warn_if_lost
 from ib_analysis.cache.masks import MaskCheck
 from ib_analysis.cache.numbers import check_range
 from ib_analysis.cache.plan import Plans
 from ib_analysis.cache.rereading import checked_padding, read, reread_scores
 from ib_analysis.cache.saved_cache import fill_layers, plans_of, read_cache, write_cache
 from ib_analysis.cache.spec import CacheSpec
-from ib_analysis.errors import ProfileMismatchError
+from ib_analysis.errors import ProfileMismatchError, UnsupportedModelError
 from ib_analysis.model.devices import input_device
 from ib_analysis.scorers import RereadingScorer, scorer_name
 
@@ -43,6 +45,10 @@ class CompressedCache(Cache):
                 bases = spec.layer_bases(i, heads or ())
                 layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, masks, bases))
         super().__init__(layers=layers)
+        first = next((i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer)), 0)
+        self.leading = LeadingLayers(layers[:first])
+        if first > 0:
+            layers[first].leading = self.leading
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See transformers. Raises ValueError if the last step ended before all layers had its tokens."""
@@ -56,7 +62,19 @@ class CompressedCache(Cache):
                 f"for scorer {scorer_name(self.spec.scorer)!r} the model reads the context twice: call "
                 "cache.fill(model, input_ids[:, :-1]), then generate with all of input_ids"
             )
+        if layer_idx == 0 and self._batch not in (None, len(key_states)):
+            raise ValueError(
+                f"the cache holds {self._batch} sequences, not {len(key_states)}: use a cache for each batch, or "
+                "batch_repeat_interleave"
+            )
+        if layer_idx < len(self.leading.layers):
+            self.leading.remember(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def _batch(self) -> int | None:
+        """How many sequences it holds; None if it is empty."""
+        return next((len(layer.keys) for layer in self.layers if layer.keys is not None and layer.get_seq_length() > 0), None)
 
     @property
     def _rereads(self) -> RereadingScorer | None:
@@ -98,6 +116,19 @@ class CompressedCache(Cache):
                 layer.fill(keys, values, valid.to(keys.device), scores[i])
                 layers[i].keys = layers[i].values = None
 
+    def check_used(self, tokens: int = 1) -> None:
+        """Raises UnsupportedModelError unless a model has read so many tokens with this cache.
+
+        After `out = model.generate(...)` they are `out.shape[1] - 1`: the last is not read. Some models replace the cache that
+        they are given, and answer from a full one.
+        """
+        if self.get_seq_length() < tokens:
+            raise UnsupportedModelError(
+                f"the model did not use the cache that it was given: this holds {self.get_seq_length()} of {tokens} tokens, so "
+                "the model made one of its own (as long-context variants of Phi-3 do at their original length): pass a prompt "
+                "that stays on one side of that length, and use_cache=True"
+            )
+
     @property
     def is_broken(self) -> bool:
         """Whether a step has ended before all layers had its tokens."""
@@ -129,6 +160,7 @@ class CompressedCache(Cache):
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ProfileMismatchError(f"{path} has other contents than a cache ({error!r}): fill it again") from error
         use_attention(model)
+        warn_if_lost(model)
         return cache
 
     def crop(self, tokens_to_remove: int) -> None:

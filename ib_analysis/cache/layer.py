@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, full_attention
-from ib_analysis.cache.masks import MaskCheck, check_dtype, valid_tokens
+from ib_analysis.cache.leading_layers import LeadingLayers
+from ib_analysis.cache.masks import MaskCheck, check_use, valid_tokens
 from ib_analysis.cache.newest_scores import newest_scores
 from ib_analysis.cache.numbers import check_range, readable
 from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, Recent, forms_of
@@ -40,6 +41,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         super().__init__()
         self.plans, self.recent, self.scorer, self.masks, self.bases = plans, recent, scorer, masks, bases
         self.forms = forms_of(plans)
+        self.leading = LeadingLayers()  # of the first compressed layer: those before it
         self._clear()
 
     def _clear(self) -> None:
@@ -72,33 +74,36 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.keys is not None and len(key_states) != len(self.keys):
-            raise ValueError(
-                f"the cache holds {len(self.keys)} sequences, not {len(key_states)}: use a cache for each batch, or "
-                "batch_repeat_interleave"
-            )
+            with self.leading.given_back_on_error():
+                self.lazy_initialization(key_states, value_states)
         self.new = key_states, value_states
         return self, self
 
     def attend(self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float, extras: dict[str, Any]) -> Tensor:
         new_keys, new_values = self.new
         del self.new
-        check_range(getattr(module, "layer_idx", "?"), new_keys, new_values)
-        if self.keys is None:
-            if mask is not None:
-                check_dtype(mask)
-            valid = valid_tokens(mask, len(new_keys), new_keys.shape[2], self.device)
+        with self.leading.given_back_on_error():
+            check_range(getattr(module, "layer_idx", "?"), new_keys, new_values)
+            valid = self._check_step(len(new_keys), new_keys.shape[2], mask, extras)
+        self.leading.forget()
+        if valid is not None:
             out = full_attention(module, query, new_keys, new_values, mask, scaling, extras)
             self.changing = True
             self._compress(new_keys, new_values, valid, lambda: self.scorer(module, query, new_keys, new_values, valid, scaling))
         else:
-            if mask is not None:
-                self.masks.check(mask, self.cumulative_length + new_keys.shape[2], self.start, self.padding)
             self.changing = True
             out = self._append(module, query, new_keys, new_values, mask, scaling, extras)
         self.changing = False
         return out
+
+    def _check_step(self, batch: int, length: int, mask: Tensor | None, extras: dict[str, Any]) -> Tensor | None:
+        """Which tokens of a first block are no padding, bool [B, T]; None for a later one. Raises ValueError."""
+        if self.keys is None:
+            return valid_tokens(mask, batch, length, self.device)
+        check_use(extras, self.cumulative_length, length)
+        if mask is not None:
+            self.masks.check(mask, self.cumulative_length + length, self.start, self.padding)
+        return None
 
     def fill(self, keys: Tensor, values: Tensor, valid: Tensor, scores: Tensor) -> None:
         """Compresses a first block of keys and values [B, H_kv, T, D], ranked by scores [B, H_kv, T].
@@ -291,19 +296,9 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
             else:
                 pairs = self._pairs(heads, len(before))
                 fmt, key_bits, value_bits = form
-                sides = (readable(keys), readable(values))
-                made = quantize_pack(
-                    fmt,
-                    *sides,
-                    rows,
-                    lengths,
-                    pairs,
-                    key_bits,
-                    value_bits,
-                    raw_dtype=self.dtype,
-                    backend=self.backend,
-                    bases=self.bases,
-                )
+                tokens = (readable(keys), readable(values), rows, lengths, pairs)
+                where: dict[str, Any] = {"raw_dtype": self.dtype, "backend": self.backend, "bases": self.bases}
+                made = quantize_pack(fmt, *tokens, key_bits, value_bits, **where)
                 packed.append(PackedTokens(made, self.dtype, self.backend))
         self.packed = self.packed or packed
         self.compressible = after.tolist()

@@ -1,8 +1,9 @@
-"""What an attention mask may say of tokens that are compressed: nothing but which of them are padding."""
+"""What a step may say of tokens that are compressed: nothing but which of them are padding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import ref
 
 import torch
@@ -42,10 +43,28 @@ def check_dtype(mask: Tensor) -> None:
         raise ValueError(f"a compressed cache takes masks of bool, true where a token is seen, not of {mask.dtype}")
 
 
+def check_use(extras: Mapping[str, Any], tokens: int, length: int) -> None:
+    """Raises ValueError for a block of `length` positions that begins anew, while the cache holds `tokens`.
+
+    So does `generate` with use_cache=False: it reads the whole text at every step, and a cache would take all of it for new.
+    Some models say use_cache=False of themselves, so positions are looked at, too.
+    """
+    positions = extras.get("position_ids")
+    if extras.get("use_cache") is False and length > tokens and positions is not None and int(positions[..., -1].max()) < length:
+        raise ValueError(
+            f"use_cache is False, so the model reads the whole text again, but into a cache that holds {tokens} tokens of it: "
+            "pass use_cache=True, or no cache"
+        )
+
+
 def valid_tokens(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """Which tokens of the first block are no padding: bool [B, T]. Raises ValueError unless padding is on the left."""
+    """Which tokens of the first block are no padding: bool [B, T].
+
+    Raises ValueError unless padding is on the left, and for masks that are added to logits.
+    """
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
+    check_dtype(mask)
     valid = mask[:, 0, -1].expand(batch, -1)
     if not only_in_front(valid):
         raise ValueError("a compressed cache needs padding on the left: set tokenizer.padding_side = 'left'")

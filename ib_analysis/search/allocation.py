@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.compressed import CompressedCache
+from ib_analysis.cache.lost_cache import warn_if_lost
 from ib_analysis.cache.plan import Plans
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
 from ib_analysis.cache.table import tier_table
@@ -109,11 +110,13 @@ class Allocation:
     def cache(self, model: PreTrainedModel) -> CompressedCache:
         """An empty cache for `model.generate(**inputs, **cache_argument(model, cache))`.
 
-        Switches the model to our attention function, for good: without a cache of ours it computes what SDPA does.
+        Switches the model to our attention function, for good: without a cache of ours it computes what SDPA does. Warns where
+        `generate` of this model does not use the cache that it is given.
         Raises ProfileMismatchError if the allocation is for another model.
         """
         self.check_model(model)
         use_attention(model)
+        warn_if_lost(model)
         return CompressedCache(self.spec, self.plans)
 
     def table(self) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def compile_kernels(make: Callable[[PreTrainedModel], Cache]) -> None:
 @torch.no_grad()
 def step(llm: PreTrainedModel, ids: Tensor, held: Cache) -> Tensor:
     """The most likely next token [1, 1]. Reading it back waits for the GPU."""
-    logits = llm(ids, logits_to_keep=1, use_cache=True, **cache_argument(llm, held)).logits
+    logits = llm(ids, logits_to_keep=1, **cache_argument(llm, held)).logits
     token = logits[:, -1].argmax(-1, keepdim=True)
     int(token)
     return token

@@ -26,7 +26,6 @@ HONOURED_BY_GENERATE: dict[str, dict[str, object]] = {
     "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "output_logits": {"output_logits": True, "return_dict_in_generate": True},
     "prefill_chunk_size": {"prefill_chunk_size": 16},
-    "use_cache=False (the cache is not asked)": {"use_cache": False},
     "max_length": {"max_length": 50, "max_new_tokens": None},
     "inputs_embeds": {"inputs_embeds": True},
 }
