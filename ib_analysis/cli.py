@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,9 @@ MIN_DEMO_PROMPTS = 8  # so that three calibrate, of which one decides
 
 def main() -> None:
     """Runs one command. An error of this package, or of a file, is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # consoles that have not all of Unicode show what they lack as \u....
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
@@ -325,7 +329,7 @@ def _objectives(arguments: argparse.Namespace) -> None:
     model, calibration = _calibration(arguments)
     costs = objective_costs(model, **calibration)
     write_whole(arguments.out / "objectives.csv", lambda path: costs.to_csv(path, index=False))
-    write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n"))
+    write_whole(arguments.out / "objectives.md", lambda path: path.write_text(costs_text(costs) + "\n", encoding="utf-8"))
     print(costs_text(costs))
     print(f"written to {arguments.out}/")
 
@@ -362,7 +366,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from ib_analysis.search.allocation import Allocation
 
     allocation = Allocation.from_json(arguments.allocation)
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    text = _prompt_text(arguments.prompt)
     model, tokenizer = load(arguments.model)
     cache = allocation.cache(model)
     chat = bool(tokenizer.chat_template) and not arguments.ignore_chat_template
@@ -376,6 +380,20 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"cache: {tokens} tokens in {nbytes:,} bytes, {kept}", file=sys.stderr)
     if tokens < allocation.minimum_context:
         print(f"the budget holds from {allocation.minimum_context} tokens on, not for this short prompt", file=sys.stderr)
+
+
+def _prompt_text(prompt: str) -> str:
+    """The prompt, or standard input for "-": UTF-8, or UTF-16 with a byte order mark, whatever the console's encoding is."""
+    from ib_analysis.files import decoded
+
+    try:
+        if prompt == "-":
+            return decoded(sys.stdin.buffer.read())
+        has_bytes = any("\udc80" <= letter <= "\udcff" for letter in prompt)  # that the console's encoding has not
+        return decoded(os.fsencode(prompt)) if has_bytes else prompt
+    except UnicodeError as error:
+        source = "standard input" if prompt == "-" else "--prompt"
+        raise CalibrationError(f"{source} is no text in UTF-8: {error}") from error
 
 
 if __name__ == "__main__":

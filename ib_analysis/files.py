@@ -21,8 +21,19 @@ from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisErr
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path whose ~ no shell has expanded, as in Python or behind `--out=`. Raises IBAnalysisError if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise IBAnalysisError(
+            f"there is no home folder for {path}: write the path in full, or ./ before a name with ~"
+        ) from error
+
+
 def make_folder(folder: Path) -> None:
     """Makes the folder. Raises IBAnalysisError if nothing could be written there: better before the work than after."""
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,16 +49,28 @@ def read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
     A line is {"text": ...} or {"messages": [...]}; of both, the text. Raises CalibrationError, with the line, for anything else.
     """
     prompts = []
-    path = path.expanduser()
+    path = expanded(path)
     try:
-        content = path.read_bytes()
-        text = content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig")
+        text = decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read prompts from {path}: {error}; they are JSON lines in UTF-8 or UTF-16") from error
     for number, line in enumerate(text.split("\n"), 1):  # other breaks may be part of a text
         if line.strip():
             prompts.append(_read_prompt(line, f"line {number} of {path}"))
     return prompts
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with a byte order mark, whatever the machine's own encoding is. Raises UnicodeDecodeError."""
+    return content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig")
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises CalibrationError for text that no tokenizer reads: it has half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{name} is no valid Unicode, half an emoji say: {error}") from error
 
 
 def _read_prompt(line: str, name: str) -> str | list[dict[str, Any]]:
@@ -60,15 +83,13 @@ def _read_prompt(line: str, name: str) -> str | list[dict[str, Any]]:
         raise CalibrationError(f"{name} has a text of type {type(prompt).__name__}")
     if "text" not in row and not (isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)):
         raise CalibrationError(f'{name} has messages that are no list of {{"role": ..., "content": ...}}')
-    try:
-        json.dumps(prompt, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"{name} is no valid Unicode, half an emoji say: {error}") from error
+    check_unicode(json.dumps(prompt, ensure_ascii=False), name)
     return prompt
 
 
 def check_writable(path: Path) -> None:
     """Makes the folder of `path`; raises OSError if no file can be written there, for callers with long work ahead."""
+    path = expanded(path)
     _make_folder(path)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
@@ -76,6 +97,7 @@ def check_writable(path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+    path = expanded(path)
     _make_folder(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -120,6 +142,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of `save_tensors`. Raises CorruptFileError if the file was cut or edited."""
+    path = expanded(path)
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.slow
 FILLER = "The old clock stood near the quiet street.\n" * 20
 
 
-def run(*arguments, text=None, cwd=None):
+def run(*arguments, text=None, cwd=None, console=None):
+    """`console` are variables that choose another encoding."""
     command = [sys.executable, "-c", "from ib_analysis.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=text, cwd=cwd, timeout=300)
+    inputs = None if text is None else text.encode()
+    done = subprocess.run(command, capture_output=True, input=inputs, cwd=cwd, env=os.environ | (console or {}), timeout=300)
+    encoding = (console or {}).get("PYTHONIOENCODING", "utf-8")
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def run_here(monkeypatch, capsys):
 
     def run_here(*arguments, text=""):
         monkeypatch.setattr(sys, "argv", ["ib-analysis", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode())))
         capsys.readouterr()
         status = 0
         try:
@@ -58,6 +63,29 @@ def test_generate_reads_from_the_compressed_cache(allocation_file):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "violet"
     assert "cache: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "console",
+    [
+        {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["cp1252", "ascii"],
+)
+def test_consoles_that_have_not_all_of_unicode(console, allocation_file):
+    """What goes through them is UTF-8, from a pipe and as an argument."""
+    prompt = f"Größe → 😀 {FILLER}- amber violet\n{FILLER}Find amber"
+    given = (prompt, None) if "LC_ALL" in console else ("-", prompt)
+    done = run("generate", "--allocation", allocation_file, "--tokens", 1, "--prompt", given[0], text=given[1], console=console)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "violet"
+
+
+@pytest.mark.parametrize(("prompt", "source"), [("-", "standard input"), ("x \udcff", "--prompt")])
+def test_a_prompt_that_is_no_text_is_named(prompt, source, allocation_file, run_here):
+    done = run_here("generate", "--allocation", allocation_file, "--prompt", prompt, text=b"Gr\xf6\x81e")
+    assert_one_line(done, f"{source} is no text in UTF-8")
 
 
 @pytest.fixture
@@ -120,11 +148,16 @@ def test_report_measures_on_other_prompts(tmp_path, run_here):
     assert sum(line.startswith("| 1/") and "| optimal |" in line for line in report.splitlines()) == 4
 
 
-def test_scorers_writes_its_table_and_figure(tmp_path, run_here):
-    done = run_here("scorers", "--out", tmp_path / "out", "--count", 2, "--scorer", "value_aware", "--scorer", "keydiff")
+def test_scorers_writes_its_table_and_figure(tmp_path, run_here, monkeypatch):
+    """On a console that has not all letters of the folder's name."""
+    console, out = io.TextIOWrapper(io.BytesIO(), "cp1252"), tmp_path / "größe → 😀"
+    monkeypatch.setattr(sys, "stdout", console)
+    done = run_here("scorers", "--out", out, "--count", 2, "--scorer", "value_aware", "--scorer", "keydiff")
+    console.seek(0)
+    shown = console.read()
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"scorers.{kind}" for kind in ("pdf", "png", "csv")}
-    assert "| keydiff |" in done.stdout
+    assert {path.name for path in out.iterdir()} == {f"scorers.{kind}" for kind in ("pdf", "png", "csv")}
+    assert "| keydiff |" in shown and "größe \\u2192 \\U0001f600/" in shown
 
 
 def test_answers_prints_a_row_for_each_part(tmp_path, allocation_file, run_here):
@@ -181,6 +214,8 @@ def test_generate_says_when_nothing_is_compressed(tmp_path, embedded, run_here):
         (["allocate", "--budget", "1/4000", "--out", "OUT", "--task", "retrieval", "--task", "text"], "at least"),
         (["allocate", "--budget", "1/4", "--out", "OUT", "--prompts", "no/such/file"], "no/such/file"),
         (["allocate", "./no/such/model", "--budget", "1/4", "--out", "OUT"], "no/such/model"),
+        (["allocate", "--budget", "1/4", "--out", "~no such user/out"], "there is no home folder"),
+        (["generate", "--allocation", "~no such user/x", "--prompt", "x"], "there is no home folder"),
         (["generate", "--allocation", "FILE", "--prompt", ""], "fewer than two tokens"),
         (["generate", "--allocation", "FILE", "--prompt", "x y", "--tokens", "0"], "tokens"),
         (["answers", "--allocation", "FILE", "--texts", "PROMPTS"], "text 0 has"),

@@ -2,11 +2,13 @@
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
+import ib_analysis as ib
 from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisError
 from ib_analysis.files import (
     check_writable,
@@ -165,6 +167,28 @@ def test_prompts_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "prompts.jsonl").write_text('{"text": "one"}')
     assert read_prompts(Path("~/prompts.jsonl")) == ["one"]
+
+
+def test_the_home_folder_is_meant_by_every_path(tmp_path, monkeypatch, shared_llama, small_prompts):
+    """A ~ that no shell has expanded, as in Python, or behind `--out=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("~/folder"))
+    with pytest.warns(UserWarning, match="prompts calibrate"):
+        allocation = ib.optimal_allocation(shared_llama, 1 / 4, prompts=small_prompts, profile_path="~/profile.safetensors")
+    text = allocation.to_json("~/allocation.json")
+    assert ib.Allocation.from_json("~/allocation.json").to_json() == text
+    allocation.plot("~/folder/heads")
+    assert ib.Profile.load("~/profile.safetensors").prompts == 4
+    model = deepcopy(shared_llama)
+    cache = allocation.cache(model)
+    cache.save("~/cache.safetensors", model)
+    assert ib.CompressedCache.load("~/cache.safetensors", model).get_seq_length() == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"folder", "profile.safetensors", "allocation.json", "cache.safetensors"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"heads.pdf", "heads.png", "heads.csv"}
+    with pytest.raises(IBAnalysisError, match="there is no home folder for ~no such user"):
+        allocation.to_json("~no such user/allocation.json")
 
 
 @pytest.mark.parametrize("text", ['{"a": ' * 100_000, "[" * 100_000, '{"a": ' + "9" * 10_000 + "}"])

@@ -110,3 +110,17 @@ def test_no_format_is_compared_by_its_name():
                 words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
                 found += [(name, node.lineno)] if words & set(FORMATS) else []
     assert found == []
+
+
+def test_text_files_say_their_encoding():
+    """Elsewhere the machine's own is another: Windows writes what Linux cannot read."""
+    found = []
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("read_text", "write_text")
+            ):
+                found += [] if "encoding" in {keyword.arg for keyword in node.keywords} else [(name, node.lineno)]
+    assert found == []

@@ -226,7 +226,7 @@ def natural_text(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, log: list, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    with open(out / "training.csv", "w", newline="") as file:
+    with open(out / "training.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows([int(step), *(f"{value:.6g}" for value in values)] for step, *values in log)

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.errors import IBAnalysisError
+from ib_analysis.files import check_unicode
 from ib_analysis.model.chat import chat_ids
 from ib_analysis.model.devices import input_device
 
@@ -30,6 +31,7 @@ def generate_text(
     """
     if tokens < 1:
         raise IBAnalysisError(f"cannot generate {tokens} tokens: ask for at least one")
+    check_unicode(text, "the prompt")
     prompt = chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else tokenizer(text).input_ids
     ids = torch.tensor([prompt], dtype=torch.int64, device=input_device(model))  # [1, T]
     if ids.shape[1] < 2:

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.cache.attention import borrowed, cache_argument
 from ib_analysis.cache.compressed import CompressedCache
 from ib_analysis.errors import CalibrationError
+from ib_analysis.files import check_unicode
 from ib_analysis.model.devices import input_device
 from ib_analysis.replay.measurement import bootstrap_interval
 from ib_analysis.search.allocation import Allocation
@@ -93,6 +94,7 @@ def _token_rows(texts: Sequence[str | Tensor], tokenizer: PreTrainedTokenizerBas
         if isinstance(text, str):
             if tokenizer is None:
                 raise CalibrationError(f"text {number} needs a tokenizer: pass tokenizer=, or tensors of token ids")
+            check_unicode(text, f"text {number}")
             text = torch.tensor(tokenizer(text).input_ids, dtype=torch.int64)
         if not isinstance(text, Tensor) or text.ndim != 1 or text.is_floating_point() or text.dtype == torch.bool:
             raise CalibrationError(f"text {number} is a {type(text).__name__}: pass texts, or 1-D tensors of token ids")

@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """The report of the embedded model, in `out`. Minutes on two cores."""
     model, tokenizer = load()
-    print("Embedded model: accuracy and baselines, from its card\n", measured(CARD.read_text()), sep="\n")
+    print("Embedded model: accuracy and baselines, from its card\n", measured(CARD.read_text(encoding="utf-8")), sep="\n")
     write_report(
         model,
         tokenizer,

@@ -76,7 +76,7 @@ def write_report(
     shown.to_json(out / "allocation.json")
     draw_tradeoff(tradeoff_table(rows), out / "tradeoff")
     shown.plot(out / "allocation")
-    write_whole(out / "report.md", lambda path: path.write_text(report))
+    write_whole(out / "report.md", lambda path: path.write_text(report, encoding="utf-8"))
     print(report)
     print(f"written to {out}/")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ib_analysis.files import write_whole
 
 COLUMN_INCHES = 3.03  # of an ACL paper
 PAGE_INCHES = 6.3
+SHOWN_DPI, MAX_PIXELS = 150, 3000  # in a notebook
 RC: dict[Any, Any] = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
@@ -55,10 +57,20 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     }
 
 
+class ShownFigure(Figure):
+    """One that notebooks show whether or not a backend of matplotlib's has been chosen in them."""
+
+    def _repr_png_(self) -> bytes:
+        png = BytesIO()
+        with mpl.rc_context(RC):
+            self.savefig(png, format="png", dpi=min(SHOWN_DPI, MAX_PIXELS / max(self.get_size_inches())))
+        return png.getvalue()
+
+
 def new_figure(columns: int, width_inches: float, height_inches: float) -> Figure:
     """A figure with a row of axes, outside of pyplot: nothing to close, no window."""
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(width_inches, height_inches), dpi=300)
+        figure = ShownFigure(figsize=(width_inches, height_inches), dpi=300)
         FigureCanvasAgg(figure)  # one for all: without it every tick label gets, and keeps, a canvas of its own
         figure.subplots(1, columns)
     return figure

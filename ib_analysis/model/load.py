@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ib_analysis.errors import CorruptFileError, IBAnalysisError, ModelNotFoundError, UnsupportedModelError
+from ib_analysis.files import expanded
 from ib_analysis.model.bundled import MODEL
 
 MAX_NUMBERS_PER_BYTE = 16  # of weights; those of 1 bit have 8
@@ -39,7 +40,7 @@ def load(
     `device_map`, `offload_folder`, `quantization_config`, ...
     Raises ModelNotFoundError, UnsupportedModelError for what is no decoder, CorruptFileError.
     """
-    source = MODEL if name is None else Path(name).expanduser()
+    source = MODEL if name is None else expanded(name)
     local = name is None or source.exists() or str(name).startswith((".", "/", "~"))
     weights: dict[str, Any] = {"use_safetensors": True}
     file: dict[str, Any] = {}

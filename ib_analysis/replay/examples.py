@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTraine
 from ib_analysis.cache.attention import cache_argument
 from ib_analysis.cache.plan import Recent
 from ib_analysis.errors import CalibrationError
+from ib_analysis.files import check_unicode
 from ib_analysis.model.devices import input_device
 from ib_analysis.model.load import check_model
 from ib_analysis.replay.conversation import Conversation, split_conversation
@@ -160,10 +161,7 @@ def _is_conversation(prompt: object) -> TypeGuard[Conversation]:
 def _draft(
     prompt: Prompt | str | Tensor | Conversation, tokenizer: PreTrainedTokenizerBase | None, number: int, model: PreTrainedModel
 ) -> _Draft:
-    try:
-        "\n".join(_texts(prompt)).encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(f"prompt {number} is no valid Unicode, half an emoji say: {error}") from error
+    check_unicode("\n".join(_texts(prompt)), f"prompt {number}")
     if isinstance(prompt, Prompt):
         assert tokenizer is not None  # make_examples has looked for one
         context = list(tokenizer(prompt.context).input_ids) if prompt.context else []

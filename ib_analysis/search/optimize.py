@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ib_analysis.cache.plan import Plans, PlansToTry, Recent
 from ib_analysis.cache.spec import ByteLimit, CacheSpec
 from ib_analysis.errors import CalibrationError, UnknownNameError
-from ib_analysis.files import check_writable
+from ib_analysis.files import check_writable, expanded
 from ib_analysis.model.fingerprint import model_fingerprint
 from ib_analysis.model.load import check_model
 from ib_analysis.model.shape import cache_shape
@@ -258,7 +258,7 @@ def prepare(
             f"{len(calibrating)} prompts calibrate: fewer than {FEW_PROMPTS} can be worse than a uniform allocation",
             stacklevel=3,
         )
-    path = None if profile_path is None else Path(profile_path)
+    path = None if profile_path is None else expanded(profile_path)
     if path is not None:
         check_writable(path)
         scorer_to_json(spec.scorer)  # one that cannot be saved fails here, not after the work

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ib_analysis.cache.plan import MAX_LENGTH, HeadPlan, Plans
 from ib_analysis.cache.spec import CacheSpec
 from ib_analysis.errors import CorruptFileError, ProfileMismatchError
-from ib_analysis.files import number_from_json, read_sealed_json, sealed_json, write_whole
+from ib_analysis.files import expanded, number_from_json, read_sealed_json, sealed_json, write_whole
 from ib_analysis.replay.measurement import Measurement
 
 VERSION = 2
@@ -31,7 +31,7 @@ def allocation_json(fields: Mapping[str, Any], path: str | Path | None) -> str:
     }
     text = sealed_json(_finite({"schema": VERSION, **content.pop("spec").to_json(), **content}))
     if path is not None:
-        write_whole(Path(path), lambda partial: partial.write_text(text))
+        write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
     return text
 
 
@@ -78,6 +78,7 @@ def _check(spec: CacheSpec, plans: Plans, context_length: int, budget_share: flo
 
 
 def _read_text(path: Path) -> str:
+    path = expanded(path)
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder: pass the allocation.json in it")
     try:

@@ -64,7 +64,7 @@ def run(parts: tuple[str, ...], csv: Path, table: Path, seconds: float, smoke: b
         for row in measure(part, csv, smoke, end):
             print(f"{row.part:10} {row.case:34} {row.method:48} {row.milliseconds:10.4f} ms  {row.note}", flush=True)
     rows = read(csv, device_name())
-    table.write_text(markdown(rows))
+    table.write_text(markdown(rows), encoding="utf-8")
     missed = [ratio for ratio in ratios(rows) if ratio.verdict == "FAIL"]
     failed = [row for row in rows if row.note.startswith(FAILED)]
     print(f"{len(rows)} results in {csv}, {len(missed)} targets missed, {len(failed)} failed; the table is {table}")

@@ -224,14 +224,14 @@ def read(path: Path) -> list[dict[str, str]]:
     """The lines of a table that may not be there yet."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def append(path: Path, line: dict[str, str]) -> None:
     """Add a line to a table, with the header if it is the first."""
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(line), lineterminator="\n")
         if new:
             writer.writeheader()

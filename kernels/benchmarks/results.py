@@ -91,7 +91,7 @@ def read(path: Path, device: str) -> list[Row]:
     """The last result of each task on this device; none if there is no table."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = [Row.from_line(line) for line in csv.DictReader(file) if line["device"] == device]
     return list({row.key: row for row in rows}.values())
 
@@ -99,7 +99,7 @@ def read(path: Path, device: str) -> list[Row]:
 def append(path: Path, row: Row) -> None:
     """Add a line, with the header if it is the first."""
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*NAMES, *NUMBERS, "note"], lineterminator="\n")
         if new:
             writer.writeheader()

@@ -68,3 +68,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300  # MiB
     assert len(pd.read_csv(tmp_path / "heads.csv")) == layers * heads
+
+
+def test_a_notebook_shows_a_figure_whatever_the_backend():
+    """Also in a cell of a notebook that has chosen none; and once where `%matplotlib inline` has chosen one."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(draw_heads(TIERS))
+    assert data["image/png"].startswith(b"\x89PNG") and set(data) == {"image/png", "text/plain"}
