@@ -171,6 +171,6 @@ def _digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def _content_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {
-        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
         for name, tensor in sorted(tensors.items())
     }

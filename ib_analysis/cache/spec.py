@@ -93,13 +93,23 @@ class CacheSpec:
         """Exact bytes of one sequence of `length` tokens in the compressible layers, at 16 bits in those left as they are."""
         tokens = self.recent.compressible(length)
         total = length * 0
-        for layer, heads in zip(self.shape.layers, plans):
-            if not layer.sliding_window:
-                total = total + (length * layer.bytes_per_token if heads is None else self._recent_bytes(layer, length))
-        alike = Counter((plan, layer.head_dim) for layer, heads in zip(self.shape.layers, plans) for plan in heads or ())
-        for (plan, head_dim), heads_alike in alike.items():
+        layers = Counter((layer, heads is None) for layer, heads in zip(self.shape.layers, plans) if not layer.sliding_window)
+        for (layer, is_full), count in layers.items():
+            total = total + count * (length * layer.bytes_per_token if is_full else self._recent_bytes(layer, length))
+        for (plan, head_dim), heads_alike in self._alike(plans).items():
             total = total + heads_alike * plan.nbytes(tokens, head_dim)
         return total
+
+    def _alike(self, plans: Plans) -> Counter[tuple[HeadPlan, int]]:
+        """How many heads have each plan, by head_dim. Rows and plans are mostly the same objects, which are compared once."""
+        rows = {id(row): row for row in plans if row is not None}
+        same_rows = Counter((id(row), layer.head_dim) for layer, row in zip(self.shape.layers, plans) if row is not None)
+        alike: Counter[tuple[HeadPlan, int]] = Counter()
+        for (row, head_dim), count in same_rows.items():
+            of_row = {id(plan): plan for plan in rows[row]}
+            for plan, heads in Counter(map(id, rows[row])).items():
+                alike[of_row[plan], head_dim] += count * heads
+        return alike
 
     def recent_bytes(self, length: int) -> int:
         """Bytes of sinks and both windows alone."""

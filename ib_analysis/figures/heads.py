@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ib_analysis.figures.style import PAGE_INCHES, RC, new_figure, save_figure
 
+TALLEST_INCHES = 8.2  # of a page
 MAX_NUMBERS = 96  # cells; beyond, numbers would not fit
 PANELS = (("token_share", "tokens kept (share)", 0, 1), ("key_bits", "key bits", 0, 8), ("value_bits", "value bits", 0, 8))
 
@@ -36,7 +37,7 @@ def draw_heads(tiers: pd.DataFrame, path: str | Path | None = None) -> Figure:
     """
     heads = head_table(tiers)
     layers = heads.layer.nunique()
-    figure = new_figure(3, PAGE_INCHES, 0.8 + max(1.0, 0.25 * layers))
+    figure = new_figure(3, PAGE_INCHES, 0.8 + min(max(1.0, 0.25 * layers), TALLEST_INCHES))
     with rc_context(RC):
         for axes, (name, title, low, high) in zip(figure.axes, PANELS):
             sns.heatmap(
