@@ -51,7 +51,7 @@ def test_bytes_of_many_heads_are_the_sum_over_heads(allocation):
     without = sum(plan.nbytes(tokens, 128) for plan in allocation.plans[0]) + SPEC.recent_bytes(LENGTH) // LAYERS
     assert SPEC.nbytes(mixed, LENGTH) == allocation.nbytes(LENGTH) - without + LENGTH * SPEC.shape.layers[0].bytes_per_token
     same = (allocation.plans[0],) * LAYERS
-    assert SPEC.nbytes(same, LENGTH) == SPEC.nbytes(tuple(tuple(list(row)) for row in same), LENGTH)
+    assert SPEC.nbytes(same, LENGTH) == SPEC.nbytes(tuple((*row,) for row in same), LENGTH)
 
 
 def test_a_figure_of_any_model_fits_a_page(allocation):
