@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import json
 import os
+import secrets
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from ib_analysis.errors import CalibrationError, CorruptFileError, IBAnalysisError
 
+LEFT_SECONDS = 3600  # after which a file that nobody finished is taken for one that a kill has left
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -96,13 +101,24 @@ def check_writable(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one."""
+    """Writes to a temporary file beside `path` and renames it: a kill leaves the old file or the new one.
+
+    Raises OSError, with the path, where there is no room. What killed processes left is removed when it is an hour old.
+    """
     path = expanded(path)
     _make_folder(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):  # another process may be as quick
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                left.unlink()
     try:
         write(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}, so this file was not written", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

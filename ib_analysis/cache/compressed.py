@@ -45,6 +45,9 @@ class CompressedCache(Cache):
                 bases = spec.layer_bases(i, heads or ())
                 layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, masks, bases))
         super().__init__(layers=layers)
+        for number, layer in enumerate(layers):
+            if isinstance(layer, CompressedLayer):
+                layer.number = number
         first = next((i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer)), 0)
         self.leading = LeadingLayers(layers[:first])
         if first > 0:

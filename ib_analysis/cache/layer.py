@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ib_kernels import Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
+from ib_kernels import RAW_BITS, Bases, PackedTokens, Schedule, Window, packed_attention, quantize_pack, schedule
 from ib_kernels.backends import pick_backend
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
@@ -16,7 +16,7 @@ from ib_analysis.cache.attention import AnsweringLayer, causal_mask, finish, ful
 from ib_analysis.cache.leading_layers import LeadingLayers
 from ib_analysis.cache.masks import MaskCheck, check_use, valid_tokens
 from ib_analysis.cache.newest_scores import newest_scores
-from ib_analysis.cache.numbers import check_range, readable
+from ib_analysis.cache.numbers import check_range, readable, warn_if_cut
 from ib_analysis.cache.plan import QUANTIZED_FORM, HeadPlan, Recent, forms_of
 from ib_analysis.cache.quantized_window import QuantizedWindow
 from ib_analysis.cache.tiers import ranks, tier_rows
@@ -41,6 +41,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         super().__init__()
         self.plans, self.recent, self.scorer, self.masks, self.bases = plans, recent, scorer, masks, bases
         self.forms = forms_of(plans)
+        self.number: int | None = None  # in its cache, for errors
         self.leading = LeadingLayers()  # of the first compressed layer: those before it
         self._clear()
 
@@ -83,7 +84,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
         new_keys, new_values = self.new
         del self.new
         with self.leading.given_back_on_error():
-            check_range(getattr(module, "layer_idx", "?"), new_keys, new_values)
+            check_range(self.number, new_keys, new_values)
             valid = self._check_step(len(new_keys), new_keys.shape[2], mask, extras)
         self.leading.forget()
         if valid is not None:
@@ -235,6 +236,7 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
 
     def _quantize(self, keys: Tensor, values: Tensor, present: Tensor) -> None:
         """Tokens [B, H_kv, n, D] that leave the window at 16 bits; `present` bool [B, n]."""
+        warn_if_cut(self.number, keys, values)
         if self.quantized is None:
             self.quantized = QuantizedWindow.pack(readable(keys), readable(values), present, self.dtype, self.backend)
         else:
@@ -281,6 +283,8 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
 
         Tiers take what their shares of all compressible tokens ask for, in order of position.
         """
+        if any(min(bits) < RAW_BITS for (_, *bits), _ in self.forms):
+            warn_if_cut(self.number, keys, values)
         before = np.array(self.compressible)
         after = before + np.array(leaving.sum(1).tolist())
         rank = ranks(scores, leaving[:, None])  # [B, H_kv, T]

@@ -1,5 +1,7 @@
 """Masks, padding and operations that a cache refuses: as DynamicCache, or by name, and never by half."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -228,6 +230,24 @@ def test_numbers_that_16_bits_do_not_hold_are_named(side, name):
     cache = CompressedCache(spec, spec.uniform(RAW))
     step(half, cache, ids)
     assert bool(step(half, cache, ids[:, :1]).isfinite().all())
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("quantized", [0, 6])
+def test_numbers_that_quantized_tokens_do_not_hold_are_told(quantized, fill):
+    """Scales are float16: of 100,000 they keep 65,504. What stays at 16 bits is whole."""
+    model = small_model("llama").to(torch.bfloat16)
+    use_attention(model)
+    model.model.layers[1].self_attn.v_proj.weight.data.mul_(1e6)
+    spec, (ids, _) = spec_of(model, Recent(2, 4, 4, quantized=quantized)), padded_batch(1)
+    cache = CompressedCache(spec, compressing_plans(spec))
+    read = (lambda: cache.fill(model, ids)) if fill else (lambda: step(model, cache, ids))
+    with pytest.warns(UserWarning, match="layer 1 has a value of more than 65504, which quantized tokens keep as 65504"):
+        read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        raw = type(spec)(spec.shape, Recent(2, 4, 4), spec.scorer, spec.bases)
+        step(model, CompressedCache(raw, raw.uniform(RAW)), ids)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
