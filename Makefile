@@ -15,7 +15,7 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
 endif
 
-.PHONY: setup demo check test test-interpreted test-gpu compile bench-gpu lint clean
+.PHONY: setup demo check test test-interpreted test-lowest test-some test-gpu compile bench-gpu lint clean
 
 setup: $(READY)
 
@@ -51,6 +51,21 @@ test-interpreted: export TRITON_INTERPRET := 1
 test-interpreted: setup
 	$(PYTEST) tests/kernels/interpreted
 
+# Everything on the lowest versions that pyproject.toml names, in an environment of its own; `TESTS="tests/cache"` runs some.
+# LOWEST_TORCH="--override FILE" takes another PyTorch, where no index has a small build of the lowest.
+LOWEST_TORCH ?= --torch-backend=cpu
+TESTS ?=
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(CURDIR)/.venv-lowest .venv-lowest/bin/uv pip install --resolution lowest-direct $(LOWEST_TORCH) \
+		-e ".[test,notebooks]"
+	touch .venv-lowest/.ready # so that make installs nothing else
+	$(MAKE) BIN=.venv-lowest/bin READY=.venv-lowest/.ready $(if $(TESTS),test-some,test)
+
+test-some: setup
+	$(PYTEST) $(TESTS)
+
 # The tests of the kernels where there is a GPU: those of tests/kernels/interpreted run compiled there, and at more shapes. What
 # takes time is compiling, on all cores.
 test-gpu: setup
@@ -71,5 +86,5 @@ lint: setup
 	$(BIN)/mypy $(SOURCES)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
