@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.layer import CompressedLayer
-from ib_analysis.cache.leading_layers import LeadingLayers
+from ib_analysis.cache.leading_layers import LeadingLayers, empty
 from ib_analysis.cache.lost_cache import warn_if_lost
 from ib_analysis.cache.masks import MaskCheck
 from ib_analysis.cache.numbers import check_range
@@ -165,6 +165,14 @@ class CompressedCache(Cache):
         use_attention(model)
         warn_if_lost(model)
         return cache
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.reset()
+            else:
+                empty(layer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """See transformers. All layers are asked before one changes; raises ValueError if one of them cannot do it."""

@@ -45,9 +45,17 @@ def _window(layer: DynamicSlidingWindowLayer) -> tuple[Tensor | None, Tensor | N
 def _restore(layer: CacheLayerMixin, held: Any) -> None:
     tokens = held[2] if isinstance(held, tuple) else held
     if tokens == 0:
-        layer.reset()
+        empty(layer)
     elif isinstance(held, tuple):
         layer.keys, layer.values, layer.cumulative_length = held
     elif layer.keys is not None and layer.values is not None:
         # Copied: a view would keep the tokens in memory.
         layer.keys, layer.values = (x[:, :, :tokens].clone() for x in (layer.keys, layer.values))
+
+
+def empty(layer: CacheLayerMixin) -> None:
+    """Forgets all tokens of a layer at full precision; `reset` of older versions of transformers keeps them as zeros."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = 0

@@ -85,3 +85,14 @@ def test_nothing_of_a_window_is_kept_for_later():
     model, cache = led_cache("gemma3_text")
     model(padded_batch(2)[0], **cache_argument(model, cache))
     assert cache.leading.layers and not cache.leading._held
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@torch.no_grad()
+def test_a_reset_forgets_layers_at_full_precision_too(kind):
+    model, cache = led_cache(kind)
+    ids, _ = padded_batch(2)
+    first = model(ids, **cache_argument(model, cache)).logits
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    assert torch.equal(model(ids, **cache_argument(model, cache)).logits, first)
