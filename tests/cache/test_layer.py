@@ -60,6 +60,8 @@ def test_left_padding_changes_nothing(scorer):
     ids, _ = padded_batch(1)
     padded = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), ids], dim=1)
     mask = torch.cat([torch.zeros(1, 6, dtype=ids.dtype), torch.ones_like(ids)], dim=1)
+    caches[0].fill(model, ids[:, :-1])
+    caches[1].fill(model, padded[:, :-1], mask[:, :-1])
     _, plain = generate(model, ids, torch.ones_like(ids), caches[0])
     _, shifted = generate(model, padded, mask, caches[1])
     assert caches[0].nbytes == caches[1].nbytes

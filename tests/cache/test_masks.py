@@ -24,11 +24,11 @@ def model():
 
 
 def filled(model, plans=None, ids=None, mask=None, recent=RECENT, scorer="value_aware"):
-    """A cache that has seen ids [B, T], and what the model says of its last token."""
+    """A cache that has read ids [B, T]."""
     spec = spec_of(model, recent)
     spec = type(spec)(spec.shape, recent, SCORERS[scorer], spec.bases)
     cache = CompressedCache(spec, compressing_plans(spec) if plans is None else plans(spec))
-    step(model, cache, padded_batch(1)[0] if ids is None else ids, mask)
+    cache.fill(model, padded_batch(1)[0] if ids is None else ids, mask)
     return cache
 
 
