@@ -174,6 +174,10 @@ class CompressedCache(Cache):
             else:
                 empty(layer)
 
+    def activate_past_recording(self) -> None:
+        """Raises ValueError: assisted generation, which asks for this, takes back tokens that may be compressed by then."""
+        raise ValueError("assisted generation needs a cache that can be cropped, and compressed tokens cannot be taken back")
+
     def crop(self, tokens_to_remove: int) -> None:
         """See transformers. All layers are asked before one changes; raises ValueError if one of them cannot do it."""
         for layer in self.layers:
