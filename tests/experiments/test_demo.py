@@ -16,6 +16,7 @@ from ib_analysis.experiments.report import SHARES, SHOWN_SHARE
 from ib_analysis.policies import POLICIES, Cell
 from ib_analysis.replay.examples import PROMPT_LENGTH, make_examples
 from ib_analysis.replay.replays import Replays
+from ib_analysis.search.profile import Profile
 from ib_analysis.tasks.mixture import mixture
 
 pytestmark = pytest.mark.slow
@@ -67,8 +68,9 @@ def test_the_report_is_true(out, embedded):
     model, tokenizer = embedded
     allocation = ib.Allocation.from_json(out / "allocation.json")
     prompts = mixture("held out", HELD_OUT, PROMPT_LENGTH)
-    replays = Replays(model, allocation.spec, make_examples(model, tokenizer, prompts, seed=SEED + 1))
-    cells = [cell.plans for cell in POLICIES["uniform"](allocation.spec, allocation.limit)]
+    spec = Profile.load(out / "profile.safetensors").spec  # with bases of all heads, whether or not the allocation uses them
+    replays = Replays(model, spec, make_examples(model, tokenizer, prompts, seed=SEED + 1))
+    cells = [cell.plans for cell in POLICIES["uniform"](spec, allocation.limit)]
     losses = replays.measure([allocation.plans, *cells])[0].mean(0)
     found = rows(out)[SHOWN_SHARE, "optimal"]
     assert found[3] == f"{allocation.spec.nbytes(allocation.plans, allocation.context_length):,}"
