@@ -41,13 +41,11 @@ class CompressedCache(Cache):
         for i, (layer, heads) in enumerate(zip(spec.shape.layers, plans, strict=True)):
             if layer.sliding_window is not None:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=layer.sliding_window))
+            elif heads is None:
+                layers.append(DynamicLayer())
             else:
-                bases = spec.layer_bases(i, heads or ())
-                layers.append(DynamicLayer() if heads is None else CompressedLayer(heads, spec.recent, spec.scorer, masks, bases))
+                layers.append(CompressedLayer(i, heads, spec.recent, spec.scorer, masks, spec.layer_bases(i, heads)))
         super().__init__(layers=layers)
-        for number, layer in enumerate(layers):
-            if isinstance(layer, CompressedLayer):
-                layer.number = number
         first = next((i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer)), 0)
         self.leading = LeadingLayers(layers[:first])
         if first > 0:

@@ -26,7 +26,7 @@ QUERY_ROWS = 256  # of a KV head that attend to packed tokens at once: they boun
 
 
 class CompressedLayer(CacheLayerMixin, AnsweringLayer):
-    """One layer. The first block that it sees is answered at full precision, then compressed.
+    """The layer of this number in a cache. The first block that it sees is answered at full precision, then compressed.
 
     `keys` and `values` [B, H_kv, S + w, D] are the tokens at 16 bits: S sinks, then w recent ones. Those just before these are in
     `quantized`. `packed` holds the rest, one part for each of `forms`. Evicted tokens and padding are gone.
@@ -36,12 +36,18 @@ class CompressedLayer(CacheLayerMixin, AnsweringLayer):
     is_croppable = False  # only what is in the window can go, so assisted generation is refused before it begins
 
     def __init__(
-        self, plans: tuple[HeadPlan, ...], recent: Recent, scorer: Scorer, masks: MaskCheck, bases: Bases | None = None
+        self,
+        number: int,
+        plans: tuple[HeadPlan, ...],
+        recent: Recent,
+        scorer: Scorer,
+        masks: MaskCheck,
+        bases: Bases | None = None,
     ) -> None:
         super().__init__()
-        self.plans, self.recent, self.scorer, self.masks, self.bases = plans, recent, scorer, masks, bases
+        self.number, self.plans, self.recent = number, plans, recent
+        self.scorer, self.masks, self.bases = scorer, masks, bases
         self.forms = forms_of(plans)
-        self.number: int | None = None  # in its cache, for errors
         self.leading = LeadingLayers()  # of the first compressed layer: those before it
         self._clear()
 

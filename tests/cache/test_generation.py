@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ib_analysis.cache.attention import use_attention
 from ib_analysis.cache.compressed import CompressedCache
@@ -15,6 +14,7 @@ from ib_analysis.errors import IBAnalysisError, UnsupportedModelError
 from ib_analysis.model.load import load
 from ib_analysis.model.shape import cache_shape
 from ib_analysis.scorers import SCORERS
+from tests.cache.test_lost_cache import long_rope_model
 
 TEXT = "The farmer sold the red apple to the old sailor, and the sailor kept the apple in a box near the river. " * 2
 
@@ -87,26 +87,8 @@ def test_refusals(embedded):
 def test_a_cache_that_the_model_does_not_use_is_named(loaded):
     """Models with two sets of frequencies begin a new cache where the text grows beyond the length of the first."""
     _, tokenizer = loaded
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    config = AutoConfig.for_model(
-        "phi3",
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=0,
-        eos_token_id=None,
-        sliding_window=None,
-        max_position_embeddings=512,
-        original_max_position_embeddings=64,
-        rope_parameters=rope,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = long_rope_model(64, len(tokenizer))
     use_attention(model)
-    model.generation_config.eos_token_id = None
     text = TEXT[: len(TEXT) // 2]  # 44 tokens
     generate_text(model, tokenizer, text, 10, compressed(model, "null_plans"))
     with pytest.raises(UnsupportedModelError, match="the model did not use the cache"):

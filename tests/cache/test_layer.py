@@ -109,7 +109,7 @@ def test_padding_that_comes_after_a_short_first_block_is_not_seen():
     torch.manual_seed(0)
     attended = torch.nn.Module()
     vars(attended).update(num_key_value_groups=1, is_causal=True)
-    layer = CompressedLayer((RAW,), Recent(2, 8, 7), SCORERS["value_aware"], MaskCheck())
+    layer = CompressedLayer(0, (RAW,), Recent(2, 8, 7), SCORERS["value_aware"], MaskCheck())
     keys, values, seen = torch.zeros(1, 1, 0, 16), torch.zeros(1, 1, 0, 16), torch.zeros(1, 0, dtype=torch.bool)
     for length, pads in ((1, 0), (13, 6), (5, 0)):
         query, *new = torch.randn(3, 1, 1, length, 16).half().float()

@@ -20,9 +20,9 @@ SWITCH = 64  # tokens up to which the short factors hold
 IDS = torch.randint(3, 99, (1, 100), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def long_rope():
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SWITCH}
+def long_rope_model(switch, vocabulary):
+    """Its frequencies, and its cache, change where the text grows beyond `switch` tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": switch}
     config = AutoConfig.for_model(
         "phi3",
         hidden_size=64,
@@ -30,18 +30,23 @@ def long_rope():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=100,
+        vocab_size=vocabulary,
         pad_token_id=0,
         eos_token_id=None,
         sliding_window=None,
         max_position_embeddings=512,
-        original_max_position_embeddings=SWITCH,
+        original_max_position_embeddings=switch,
         rope_parameters=rope | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+@pytest.fixture(scope="module")
+def long_rope():
+    return long_rope_model(SWITCH, 100)
 
 
 def generated(model, cache, length, tokens):

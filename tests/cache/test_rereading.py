@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config
+from transformers import DynamicCache
 
 from ib_analysis.cache.attention import cache_argument, use_attention
 from ib_analysis.cache.compressed import CompressedCache
@@ -22,6 +22,7 @@ from ib_analysis.scorers import SCORERS, RereadingScorer
 from ib_analysis.scorers.blend import Blend
 from ib_analysis.scorers.kvgrad import KVgrad
 from ib_analysis.scorers.kvzip import KVzip
+from tests.cache.test_compressed import small_model
 
 TWICE = {name: scorer for name, scorer in SCORERS.items() if isinstance(scorer, RereadingScorer)}
 QUARTER, RECENT = HeadPlan("kivi", (Tier(0.25, 8, 8),)), Recent(2, 8, 4)
@@ -99,10 +100,10 @@ def test_kvgrad_is_weight_times_value_times_gradient(small_llama):
 
 
 @pytest.mark.parametrize("scorer", TWICE.values(), ids=TWICE)
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @torch.no_grad()
 def test_padding_and_the_batch_do_not_count(small_llama, scorer, kind):
-    model = small_llama if kind == "llama" else sliding_model()
+    model = small_llama if kind == "llama" else small_model("gemma3_text")
     ids = ids_of(2, 60)
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[1, :13] = False
@@ -121,27 +122,11 @@ def test_padding_and_the_batch_do_not_count(small_llama, scorer, kind):
             assert (together[i][b, :, :first] == 0).all()
 
 
-def sliding_model():
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=16,
-        initializer_range=0.5,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("scorer", TWICE.values(), ids=TWICE)
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @torch.no_grad()
 def test_a_filled_cache_predicts_what_the_replay_says(small_llama, small_prompts, scorer, kind):
-    model = small_llama if kind == "llama" else sliding_model()
+    model = small_llama if kind == "llama" else small_model("gemma3_text")
     example = make_examples(model, None, small_prompts[:1])[0]
     spec = CacheSpec(cache_shape(model.config), RECENT, scorer)
     plans = spec.uniform(QUARTER)
